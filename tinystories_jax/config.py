@@ -1,0 +1,385 @@
+"""From a ConfigDict to frozen dataclasses: the only validation and the only derivation of values.
+
+`resolve` checks what the config alone can tell; `with_data` adds what only the data can tell (the vocabulary reached,
+the blocks of the training split, hence the schedule). Nothing else in the project computes a schedule or a default.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from tinystories_jax.errors import UserError
+
+# Filled in here, never read from a config.
+_DERIVED = {"derived": True}
+# May differ between a run and its continuation: it changes neither the model nor what it is trained on.
+_FREE = {"free": True}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = field(metadata=_FREE)  # the cache's fingerprint, not the way to the stories, decides on resuming
+    hub_name: str = field(metadata=_FREE)
+    hub_revision: str = field(metadata=_FREE)
+    train_files: str = field(metadata=_FREE)
+    valid_files: str = field(metadata=_FREE)
+    max_stories: int
+    cache_dir: str = field(metadata=_FREE)
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str = field(metadata=_FREE)  # likewise: the tokenizer's SHA-256 decides
+    vocab_size: int
+    max_samples: int
+    source: str
+    hub_name: str
+    hub_subset: str
+    hub_revision: str
+    train_files: str = field(metadata=_FREE)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    d_ff: int
+    rope_theta: float
+    tie_embeddings: bool
+    dropout: float
+    dtype: str
+    remat: bool
+    head_dim: int = field(metadata=_DERIVED)
+    vocab_size: int = field(metadata=_DERIVED)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int
+    grad_accum_steps: int
+    num_epochs: int
+    max_updates: int
+    article_loss_weight: float
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float
+    min_learning_rate: float
+    warmup_updates: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int
+    max_batches: int
+    early_stopping_patience: int
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    every: int
+    tensorboard: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the training split decides: counts of blocks and updates.
+
+    Blocks are dealt out as one endless row of shuffled epochs, so an epoch need not end on an update boundary:
+    `epoch_ends[e - 1]` is the first update after which every block has been visited `e` times.
+    """
+
+    num_blocks: int
+    blocks_per_update: int
+    total_updates: int
+    warmup_updates: int
+    epoch_ends: tuple[int, ...]
+
+    def epoch_at(self, update: int) -> float:
+        """Epochs seen after `update` updates, as a fraction."""
+        return update * self.blocks_per_update / self.num_blocks
+
+
+_FREE_SECTIONS = {"eval", "checkpoint", "sample", "logging"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved config. `schedule` is None, and `model.vocab_size` 0, until `with_data` has seen the data."""
+
+    seed: int
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    train: TrainConfig
+    optim: OptimConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    sample: SampleConfig
+    logging: LoggingConfig
+    schedule: Schedule | None = field(default=None, metadata=_DERIVED)
+
+
+_SECTIONS = {name: hint for name, hint in get_type_hints(Config).items() if name not in ("seed", "schedule")}
+
+
+def resolve(values: Mapping[str, Any]) -> Config:
+    """Returns the frozen config; raises one `UserError` with every problem found in `values` (a ConfigDict or dict)."""
+    problems: list[str] = []
+    for name in values:
+        if name not in _SECTIONS and name not in ("seed", "schedule"):
+            problems.append(f"{name}: no such section; the sections are {', '.join(_SECTIONS)}")
+    seed = _typed("seed", values["seed"], int, problems) if "seed" in values else None
+    if seed is None and "seed" not in values:
+        problems.append("seed is missing; add config.seed = 0")
+    sections: dict[str, dict[str, Any]] = {}
+    for name, section_type in _SECTIONS.items():
+        if not isinstance(values.get(name), Mapping) and not hasattr(values.get(name), "items"):
+            problems.append(f"section {name} is missing; see configs/top10k.py")
+        else:
+            sections[name] = _read_section(name, section_type, dict(values[name].items()), problems)
+    if problems:
+        raise UserError(problems)
+    problems += _check_values(seed, sections)
+    if problems:
+        raise UserError(problems)
+    model = sections["model"]
+    model["num_kv_heads"] = model["num_kv_heads"] or model["num_heads"]
+    model["head_dim"] = model["d_model"] // model["num_heads"]
+    model["vocab_size"] = 0
+    built = {name: section_type(**sections[name]) for name, section_type in _SECTIONS.items()}
+    return Config(seed=seed, **built)
+
+
+def with_data(config: Config, *, vocab_size: int, num_train_tokens: int) -> Config:
+    """Returns `config` with the vocabulary size reached by the tokenizer and the schedule that the training tokens give."""
+    sequence_length = config.data.sequence_length
+    # The last token of a block is the first of the next: as an input it was only ever a target.
+    num_blocks = (num_train_tokens - 1) // sequence_length
+    if num_blocks < 1:
+        raise UserError(
+            f"the training split has {num_train_tokens} tokens, less than one block of "
+            f"data.sequence_length={sequence_length} + 1; give more stories or a shorter sequence_length"
+        )
+    train = config.train
+    blocks_per_update = train.batch_size * train.grad_accum_steps
+    total_updates = train.max_updates or -(-train.num_epochs * num_blocks // blocks_per_update)
+    num_epochs = total_updates * blocks_per_update // num_blocks
+    schedule = Schedule(
+        num_blocks=num_blocks,
+        blocks_per_update=blocks_per_update,
+        total_updates=total_updates,
+        # A run cut short by max_updates still warms up and still decays.
+        warmup_updates=min(config.optim.warmup_updates, total_updates // 2),
+        epoch_ends=tuple(-(-epoch * num_blocks // blocks_per_update) for epoch in range(1, num_epochs + 1)),
+    )
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=model, schedule=schedule)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as JSON-able nested dicts, derived values included."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Returns the config that `to_dict` wrote, validated again; raises `UserError` when it is not one."""
+    config = resolve(values)
+    try:
+        schedule = dict(values["schedule"])
+        schedule["epoch_ends"] = tuple(int(update) for update in schedule["epoch_ends"])
+        model = dataclasses.replace(config.model, vocab_size=int(values["model"]["vocab_size"]))
+        return dataclasses.replace(config, model=model, schedule=Schedule(**schedule))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the stored config has no usable schedule or vocabulary size ({error!r})") from error
+
+
+def contradictions(of_run: Config, requested: Config) -> list[str]:
+    """Returns one line per field in which `requested` would not continue the run that `of_run` describes."""
+    lines = [] if of_run.seed == requested.seed else [f"seed: the run has {of_run.seed}, requested {requested.seed}"]
+    for name, section_type in (*_SECTIONS.items(), ("schedule", Schedule)):
+        if name in _FREE_SECTIONS:
+            continue
+        old, new = getattr(of_run, name), getattr(requested, name)
+        for item in dataclasses.fields(section_type):
+            before, now = getattr(old, item.name), getattr(new, item.name)
+            if not item.metadata.get("free") and before != now:
+                lines.append(f"{name}.{item.name}: the run has {before}, requested {now}")
+    return lines
+
+
+def _read_section(name: str, section_type: type, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    hints = get_type_hints(section_type)
+    derived = {item.name for item in dataclasses.fields(section_type) if item.metadata.get("derived")}
+    typed: dict[str, Any] = {}
+    for key, hint in hints.items():
+        if key in derived:
+            continue
+        if key not in values:
+            problems.append(f"{name}.{key} is missing; see configs/top10k.py for its meaning and a value")
+        else:
+            typed[key] = _typed(f"{name}.{key}", values[key], hint, problems)
+    problems += [
+        f"{name}.{key}: nothing reads this field; remove it or mend its name" for key in values if key not in hints
+    ]
+    return typed
+
+
+def _typed(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
+    """Returns `value` as `hint` (int may stand for float, a list for a tuple), or notes a problem."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is float and isinstance(value, float) and math.isfinite(value):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if hint == tuple[str, ...] and isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    wanted = "a tuple of strings" if hint == tuple[str, ...] else f"a finite {hint.__name__}"
+    problems.append(f"{name}={value!r} must be {wanted if hint in (float, tuple[str, ...]) else hint.__name__}")
+    return None
+
+
+def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list[str]:
+    problems: list[str] = []
+    data, tokenizer, train = sections["data"], sections["tokenizer"], sections["train"]
+    _require_range(problems, "seed", seed, 0, 2**31 - 1)
+    for name, low, high in _RANGES:
+        section, key = name.split(".")
+        _require_range(problems, name, sections[section][key], low, high)
+    _check_choice(problems, "data.source", data["source"], ("hub", "files", "sample"))
+    _check_choice(problems, "tokenizer.source", tokenizer["source"], ("stories", "hub", "files"))
+    _check_choice(problems, "model.dtype", sections["model"]["dtype"], ("bfloat16", "float32"))
+    if data["source"] == "hub":
+        _check_hub(problems, "data", data)
+    for key in ("train_files", "valid_files"):
+        if data["source"] == "files" and not data[key].strip():
+            problems.append(f"data.{key} is empty but data.source=files; give --config.data.{key}=PATH[,PATH or glob]")
+    if not tokenizer["path"]:
+        if tokenizer["source"] == "hub":
+            _check_hub(problems, "tokenizer", tokenizer)
+        if tokenizer["source"] == "files" and not tokenizer["train_files"].strip():
+            problems.append(
+                "tokenizer.train_files is empty but tokenizer.source=files; "
+                "give --config.tokenizer.train_files=PATH or --config.tokenizer.path=TOKENIZER_JSON"
+            )
+    if not train["num_epochs"] and not train["max_updates"]:
+        problems.append("train.num_epochs=0 and train.max_updates=0: nothing to train; set one of them")
+    if not data["cache_dir"]:
+        problems.append("data.cache_dir is empty; give a folder, for instance --config.data.cache_dir=cache")
+    return problems + _check_model(sections["model"]) + _check_optim(sections["optim"])
+
+
+# (field, lowest, highest), both allowed.
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("data.max_stories", 0, 2**40),
+    ("data.sequence_length", 2, 1_048_576),
+    ("tokenizer.vocab_size", 257, 1_000_000),
+    ("tokenizer.max_samples", 0, 2**40),
+    ("model.d_model", 2, 65_536),
+    ("model.num_layers", 1, 1_000),
+    ("model.num_heads", 1, 1_024),
+    ("model.num_kv_heads", 0, 1_024),
+    ("model.d_ff", 1, 1_048_576),
+    ("model.rope_theta", 1.0, 1e12),
+    ("model.dropout", 0.0, 0.9),
+    ("train.batch_size", 1, 1_048_576),
+    ("train.grad_accum_steps", 1, 65_536),
+    ("train.num_epochs", 0, 1_000_000),
+    ("train.max_updates", 0, 1_000_000_000),
+    ("train.article_loss_weight", 1e-3, 1e3),
+    ("optim.learning_rate", 0.0, 10.0),
+    ("optim.min_learning_rate", 0.0, 10.0),
+    ("optim.warmup_updates", 0, 1_000_000_000),
+    ("optim.weight_decay", 0.0, 10.0),
+    ("optim.beta1", 0.0, 0.99999),
+    ("optim.beta2", 0.0, 0.99999),
+    ("optim.max_grad_norm", 1e-6, 1e9),
+    ("eval.every", 1, 1_000_000_000),
+    ("eval.max_batches", 0, 1_000_000_000),
+    ("eval.early_stopping_patience", 0, 1_000_000_000),
+    ("checkpoint.every", 1, 1_000_000_000),
+    ("checkpoint.keep", 1, 10_000),
+    ("sample.max_new_tokens", 1, 1_048_576),
+    ("sample.temperature", 0.0, 100.0),
+    ("logging.every", 1, 1_000_000_000),
+)
+
+
+def _require_range(problems: list[str], name: str, value: Any, low: float, high: float) -> None:
+    if not low <= value <= high:
+        problems.append(f"{name}={value} must lie between {low} and {high}")
+
+
+def _check_choice(problems: list[str], name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        problems.append(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def _check_hub(problems: list[str], section: str, values: dict[str, Any]) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", values["hub_name"]):
+        problems.append(f"{section}.hub_name={values['hub_name']!r} must read OWNER/NAME")
+    if not re.fullmatch(r"[0-9a-f]{40}", values["hub_revision"]):
+        problems.append(
+            f"{section}.hub_revision={values['hub_revision']!r} must be a 40-digit commit, "
+            "so that the data cannot change under a run; the data set's page on the Hub lists its commits"
+        )
+
+
+def _check_model(model: dict[str, Any]) -> list[str]:
+    problems: list[str] = []
+    d_model, num_heads, num_kv_heads = model["d_model"], model["num_heads"], model["num_kv_heads"]
+    if num_heads < 1 or d_model < 1:
+        return problems
+    if d_model % num_heads:
+        suggestion = max(heads for heads in range(1, num_heads + 1) if d_model % heads == 0)
+        problems.append(
+            f"model.num_heads={num_heads} must divide model.d_model={d_model}; try --config.model.num_heads={suggestion}"
+        )
+    elif (d_model // num_heads) % 2:
+        problems.append(
+            f"model.d_model={d_model} / model.num_heads={num_heads} gives heads of width {d_model // num_heads}; "
+            "rotary embeddings need an even width"
+        )
+    if num_kv_heads > 0 and num_heads % num_kv_heads:
+        problems.append(
+            f"model.num_kv_heads={num_kv_heads} must divide model.num_heads={num_heads} (0 means the same number)"
+        )
+    return problems
+
+
+def _check_optim(optim: dict[str, Any]) -> list[str]:
+    if optim["min_learning_rate"] <= optim["learning_rate"]:
+        return []
+    return [
+        f"optim.min_learning_rate={optim['min_learning_rate']} must not exceed "
+        f"optim.learning_rate={optim['learning_rate']}, where the cosine starts"
+    ]

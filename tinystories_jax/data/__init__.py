@@ -1,0 +1,1 @@
+"""From stories to batches of token IDs; never imports JAX."""

@@ -1,0 +1,1 @@
+"""Optimizer, jitted steps, checkpoints, metrics, and the loop that assembles them."""
