@@ -175,15 +175,12 @@ def resolve(values: Mapping[str, Any]) -> Config:
     return Config(seed=seed, **built)
 
 
-def with_data(config: Config, *, vocab_size: int, num_train_tokens: int) -> Config:
-    """Returns `config` with the vocabulary size reached by the tokenizer and the schedule that the training tokens give."""
-    sequence_length = config.data.sequence_length
-    # The last token of a block is the first of the next: as an input it was only ever a target.
-    num_blocks = (num_train_tokens - 1) // sequence_length
+def with_data(config: Config, *, vocab_size: int, num_blocks: int) -> Config:
+    """Returns `config` with the vocabulary size reached by the tokenizer and the schedule that the training blocks give."""
     if num_blocks < 1:
         raise UserError(
-            f"the training split has {num_train_tokens} tokens, less than one block of "
-            f"data.sequence_length={sequence_length} + 1; give more stories or a shorter sequence_length"
+            f"the training split is shorter than one block of data.sequence_length={config.data.sequence_length} + 1 "
+            "tokens; give more stories or a shorter --config.data.sequence_length"
         )
     train = config.train
     blocks_per_update = train.batch_size * train.grad_accum_steps

@@ -1,0 +1,38 @@
+# make quickstart: from a clean clone to printed stories. make test: the whole suite. make check: lint, types, tests.
+PYTHON ?= python3
+VENV ?= .venv
+# The CUDA 12 wheels where the driver shows a GPU, the CPU wheels elsewhere; override with REQUIREMENTS=requirements.txt.
+REQUIREMENTS ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo requirements.txt; else echo requirements-cpu.txt; fi)
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+
+.PHONY: setup quickstart test lint check clean
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: $(REQUIREMENTS) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v[0]}.{v[1]} is too old; install 3.11 or newer, or run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+quickstart: $(VENV)/.setup
+	$(BIN)/python scripts/train.py --config configs/quickstart.py --workdir $(WORKDIR)
+	$(BIN)/python scripts/sample.py --checkpoint $(WORKDIR) --num_samples 3 --temperature 0.8
+
+test: $(VENV)/.setup-dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+lint: $(VENV)/.setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,53 @@
+"""Writes stories with a trained model; the stories, prompts included, are all that stands on standard output; a line
+<|endoftext|> stands between two of them, as in the data set's own files.
+
+    python scripts/sample.py --checkpoint runs/top10k --prompt="Once upon a time there was" --num_samples=3
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from tinystories_jax import cli
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train.py's --workdir.", required=True)
+_STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
+_PROMPT = flags.DEFINE_multi_string("prompt", ["Once upon a time there was"], "Beginning of a story; may be repeated.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Stories for each prompt.", lower_bound=1, upper_bound=10_000)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "Tokens after the prompt; 0: up to the model's context.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0 is off.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens of this total probability; 1 is off.")
+_REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Penalty on tokens already in the text; 1 is off.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same stories.", lower_bound=0, upper_bound=2**31 - 1)
+_STREAM = flags.DEFINE_bool("stream", False, "Show each story while it is written.")
+
+
+def main() -> None:
+    from tinystories_jax.data.stories import END_OF_STORY
+    from tinystories_jax.evaluation.samples import stream_story, write_stories
+    from tinystories_jax.model.generate import Sampling
+    from tinystories_jax.training.checkpoint import restore_params
+
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
+    params, meta = restore_params(Path(_CHECKPOINT.value), _STEP.value)
+    limits = dict(seed=_SEED.value, max_new_tokens=_MAX_NEW_TOKENS.value or meta.config.data.sequence_length)
+    prompts = [prompt for prompt in _PROMPT.value for _ in range(_NUM_SAMPLES.value)]
+    separator = f"\n{END_OF_STORY}\n"
+    print(f"checkpoint of update {meta.update} in {_CHECKPOINT.value}", file=sys.stderr)
+    if _STREAM.value:
+        for row, prompt in enumerate(prompts):
+            print(separator * bool(row) + prompt, end="", flush=True)
+            for piece in stream_story(params, meta.tokenizer, meta.config, prompt, sampling, row=row, **limits):
+                print(piece, end="", flush=True)
+        print()
+        return
+    stories = write_stories(params, meta.tokenizer, meta.config, prompts, sampling, **limits)
+    print(separator.join(story.text for story in stories))
+    if unfinished := sum(not story.finished for story in stories):
+        print(f"{unfinished} of {len(stories)} stories reached the limit on their length", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

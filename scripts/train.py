@@ -1,0 +1,31 @@
+"""Trains a model, or goes on with a run: tokenizer, token cache and training, whatever is missing.
+
+    python scripts/train.py --config configs/top10k.py [--workdir runs/top10k] [--config.SECTION.FIELD=VALUE ...]
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from tinystories_jax import cli
+from tinystories_jax.config import resolve
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; runs/NAME_OF_THE_CONFIG when empty.")
+flags.mark_flag_as_required("config")
+
+
+def main() -> int:
+    config = resolve(_CONFIG.value)
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    # Imported once the config is known to be sound: JAX takes seconds to start.
+    from tinystories_jax.training.loop import train
+
+    result = train(config, Path(_WORKDIR.value or f"runs/{name}"))
+    print(result.summary())
+    return 128 + result.signal if result.signal else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,102 @@
+"""Stories written by a model, from prompts in plain text; nothing touches the text afterwards."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+from tokenizers.decoders import DecodeStream
+
+from tinystories_jax.config import Config
+from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer
+from tinystories_jax.errors import UserError
+from tinystories_jax.model.generate import Sampling, generate, generate_chunks
+from tinystories_jax.model.transformer import Params
+
+_STREAM_CHUNK = 8  # tokens between two looks at the device: as smooth as reading, and few round trips
+
+
+@dataclass(frozen=True)
+class Story:
+    """`text` begins with `prompt`; `finished` says that the model ended it, rather than a limit on its length."""
+
+    prompt: str
+    text: str
+    finished: bool
+
+
+def write_stories(
+    params: Params,
+    tokenizer: StoryTokenizer,
+    config: Config,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    seed: int,
+    max_new_tokens: int,
+) -> list[Story]:
+    """Returns one story per prompt; the same arguments give the same stories."""
+    prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    texts = generate(
+        params,
+        prompt_ids,
+        config.model,
+        sampling,
+        key=jax.random.key(seed),
+        end_token=END_OF_STORY_ID,
+        context_length=config.data.sequence_length,
+        max_new_tokens=max_new_tokens,
+    )
+    stories = []
+    for prompt, prompt_id, text in zip(prompts, prompt_ids, texts, strict=True):
+        finished = len(text) > len(prompt_id) and text[-1] == END_OF_STORY_ID
+        stories.append(Story(prompt, tokenizer.decode(text[1 : len(text) - finished]), finished))
+    return stories
+
+
+def stream_story(
+    params: Params,
+    tokenizer: StoryTokenizer,
+    config: Config,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    row: int = 0,
+) -> Iterator[str]:
+    """Yields, after the prompt, the pieces of story number `row` of `write_stories` as they are written."""
+    written = len(_encode(tokenizer, prompt))
+    pieces = DecodeStream(skip_special_tokens=True)
+    for (tokens,) in generate_chunks(
+        params,
+        [_encode(tokenizer, prompt)],
+        config.model,
+        sampling,
+        key=jax.random.key(seed),
+        end_token=END_OF_STORY_ID,
+        context_length=config.data.sequence_length,
+        max_new_tokens=max_new_tokens,
+        chunk_size=_STREAM_CHUNK,
+        first_row=row,
+    ):
+        # A piece comes when its bytes are whole characters.
+        yield "".join(pieces.step(tokenizer.backend, token) or "" for token in tokens[written:])
+        written = len(tokens)
+
+
+def check_prompts(tokenizer: StoryTokenizer, prompts: Sequence[str], context_length: int) -> None:
+    """Raises one `UserError` for all prompts that leave no room for a story in `context_length` tokens."""
+    lengths = [(prompt, len(_encode(tokenizer, prompt))) for prompt in prompts]
+    problems = [
+        f"the prompt {prompt[:40]!r} has {length} tokens with the end token before it; it must have fewer than the "
+        f"model's context of {context_length}, so that there is room to write"
+        for prompt, length in lengths
+        if length >= context_length
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _encode(tokenizer: StoryTokenizer, prompt: str) -> list[int]:
+    # A story stands after the previous one's end token wherever the model has seen one begin.
+    return [END_OF_STORY_ID, *tokenizer.encode(prompt)]

@@ -1,0 +1,266 @@
+"""Writes stories: one prefill per length bucket, then one jitted decode loop with a KV cache.
+
+Everything a token needs (logits, filters, the draw) stays on the device; the host sees tokens when the loop returns.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinystories_jax.config import ModelConfig
+from tinystories_jax.errors import UserError
+from tinystories_jax.model.transformer import KVCache, Params, decode_step, prefill
+
+_SMALLEST_BUCKET = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; the filters act in this order, as in Hugging Face's generate.
+
+    repetition_penalty: logits of tokens already in the text are divided (positive) or multiplied (negative) by it
+        (Keskar et al. 2019, arXiv:1909.05858); 1 is off. temperature: divides the logits; 0 is greedy. top_k: the k
+        likeliest tokens only; 0 is off. top_p: the smallest set of likeliest tokens with at least this probability
+        (Holtzman et al. 2020, arXiv:1904.09751); 1 is off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        problems = []
+        if not 0 <= self.temperature <= 100:
+            problems.append(f"temperature={self.temperature} must lie between 0 (greedy) and 100")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k} must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
+        if not 0.1 <= self.repetition_penalty <= 10:
+            problems.append(f"repetition_penalty={self.repetition_penalty} must lie between 0.1 and 10; 1 is off")
+        if problems:
+            raise UserError(problems)
+
+
+class DecodeState(NamedTuple):
+    """Texts under way. `lengths_B` counts the tokens of each row of `tokens_BS`; the last one is not yet in the caches."""
+
+    tokens_BS: jax.Array
+    lengths_B: jax.Array
+    finished_B: jax.Array
+    num_new: jax.Array
+    caches: list[KVCache]
+
+
+class _Draw(NamedTuple):
+    """Sampling as traced scalars: changing a value compiles nothing."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    repetition_penalty: jax.Array
+
+
+class _Filters(NamedTuple):
+    """Which parts of sampling are compiled in."""
+
+    greedy: bool
+    truncate: bool
+    penalize: bool
+
+
+def generate(
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    config: ModelConfig,
+    sampling: Sampling,
+    *,
+    key: jax.Array,
+    end_token: int,
+    context_length: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Returns prompt + new tokens of each row; a row ends after `end_token`, `max_new_tokens` or at `context_length`.
+
+    The draw for token n of row i depends on (key, i, n) alone. Raises `UserError` for prompts that leave no room.
+    """
+    *_, texts = generate_chunks(
+        params,
+        prompts,
+        config,
+        sampling,
+        key=key,
+        end_token=end_token,
+        context_length=context_length,
+        max_new_tokens=max_new_tokens,
+        chunk_size=max_new_tokens,
+    )
+    return texts
+
+
+def generate_chunks(
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    config: ModelConfig,
+    sampling: Sampling,
+    *,
+    key: jax.Array,
+    end_token: int,
+    context_length: int,
+    max_new_tokens: int,
+    chunk_size: int,
+    first_row: int = 0,
+) -> Iterator[list[list[int]]]:
+    """Yields what `generate` returns, grown by up to `chunk_size` tokens a row each time; the last one is whole.
+
+    The rows draw as rows `first_row`, `first_row` + 1, ... of a larger batch would.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    _check_prompts(lengths, context_length, max_new_tokens)
+    # The compiled programs depend on batch size and bucket only, never on the prompts' lengths.
+    prompt_bucket = _bucket(int(lengths.max()), context_length)
+    cache_length = _bucket(int(lengths.max()) + max_new_tokens, context_length)
+    tokens_BT = np.zeros((len(prompts), prompt_bucket), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = prompt
+    draw = _Draw(
+        jnp.float32(max(sampling.temperature, 1e-6)),
+        jnp.int32(sampling.top_k or config.vocab_size),
+        jnp.float32(sampling.top_p),
+        jnp.float32(sampling.repetition_penalty),
+    )
+    filters = _Filters(
+        greedy=sampling.temperature == 0,
+        truncate=0 < sampling.top_k < config.vocab_size or sampling.top_p < 1,
+        penalize=sampling.repetition_penalty != 1,
+    )
+    row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(prompts)))
+    static = dict(config=config, filters=filters, end_token=end_token)
+    state = _start(params, tokens_BT, lengths, row_keys_B, draw, cache_length=cache_length, **static)
+    for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
+        state = _decode_until(params, state, np.int32(until), row_keys_B, draw, **static)
+        tokens, ends, finished = jax.device_get((state.tokens_BS, state.lengths_B, state.finished_B))
+        yield [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
+        if finished.all():
+            return
+
+
+@functools.partial(jax.jit, static_argnames=("config", "filters", "end_token", "cache_length"))
+def _start(
+    params: Params,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    row_keys_B: jax.Array,
+    draw: _Draw,
+    *,
+    config: ModelConfig,
+    filters: _Filters,
+    end_token: int,
+    cache_length: int,
+) -> DecodeState:
+    logits_BV, caches = prefill(params, tokens_BT, lengths_B, config, cache_length=cache_length)
+    tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, cache_length - tokens_BT.shape[1])))
+    state = DecodeState(tokens_BS, lengths_B, jnp.zeros(lengths_B.shape, bool), jnp.int32(0), caches)
+    return _append(state, logits_BV, row_keys_B, draw, filters, end_token)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "filters", "end_token"), donate_argnames="state")
+def _decode_until(
+    params: Params,
+    state: DecodeState,
+    until: jax.Array,
+    row_keys_B: jax.Array,
+    draw: _Draw,
+    *,
+    config: ModelConfig,
+    filters: _Filters,
+    end_token: int,
+) -> DecodeState:
+    """Returns the state after at most `until` new tokens a row, or fewer when every row is finished."""
+
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.num_new < until) & ~jnp.all(state.finished_B)
+
+    def step(state: DecodeState) -> DecodeState:
+        positions_B = state.lengths_B - 1
+        last_B = jnp.take_along_axis(state.tokens_BS, positions_B[:, None], axis=1)[:, 0]
+        logits_BV, caches = decode_step(params, last_B, positions_B, state.caches, config)
+        return _append(state._replace(caches=caches), logits_BV, row_keys_B, draw, filters, end_token)
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _append(
+    state: DecodeState, logits_BV: jax.Array, row_keys_B: jax.Array, draw: _Draw, filters: _Filters, end_token: int
+) -> DecodeState:
+    """Returns the state with one drawn token more in every row that is not finished."""
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, state.num_new)
+    next_B = _sample(logits_BV, state, keys_B, draw, filters)
+    cache_length = state.tokens_BS.shape[1]
+    rows = jnp.arange(next_B.shape[0])
+    # A finished row writes outside the array, which JAX drops.
+    slots_B = jnp.where(state.finished_B, cache_length, state.lengths_B)
+    lengths_B = state.lengths_B + ~state.finished_B
+    return state._replace(
+        tokens_BS=state.tokens_BS.at[rows, slots_B].set(next_B, mode="drop"),
+        lengths_B=lengths_B,
+        finished_B=state.finished_B | (next_B == end_token) | (lengths_B >= cache_length),
+        num_new=state.num_new + 1,
+    )
+
+
+def _sample(
+    logits_BV: jax.Array, state: DecodeState, keys_B: jax.Array, draw: _Draw, filters: _Filters
+) -> jax.Array:
+    if filters.penalize:
+        logits_BV = _penalize(logits_BV, state, draw.repetition_penalty)
+    if filters.greedy:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / draw.temperature
+    if not filters.truncate:
+        return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    # Drawing among the sorted tokens needs no scatter back, and ties cannot let a k + 1st token in.
+    vocab_size = logits_BV.shape[1]
+    sorted_BV, order_BV = jax.lax.top_k(logits_BV, vocab_size)
+    sorted_BV = jnp.where(jnp.arange(vocab_size)[None] < draw.top_k, sorted_BV, -jnp.inf)
+    probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    mass_before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
+    sorted_BV = jnp.where(mass_before_BV < draw.top_p, sorted_BV, -jnp.inf)
+    ranks_B = jax.vmap(jax.random.categorical)(keys_B, sorted_BV)
+    return jnp.take_along_axis(order_BV, ranks_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def _penalize(logits_BV: jax.Array, state: DecodeState, penalty: jax.Array) -> jax.Array:
+    batch_size, cache_length = state.tokens_BS.shape
+    written_BS = jnp.arange(cache_length)[None] < state.lengths_B[:, None]
+    seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(batch_size)[:, None], state.tokens_BS].max(written_BS)
+    penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, penalized_BV, logits_BV)
+
+
+def _bucket(length: int, context_length: int) -> int:
+    """Returns the smallest of 32, 64, 128, ... and the context that holds `length` tokens."""
+    bucket = _SMALLEST_BUCKET
+    while bucket < min(length, context_length):
+        bucket *= 2
+    return min(bucket, context_length)
+
+
+def _check_prompts(lengths: np.ndarray, context_length: int, max_new_tokens: int) -> None:
+    problems = [] if max_new_tokens > 0 else [f"max_new_tokens={max_new_tokens} must be 1 or more"]
+    if not len(lengths):
+        problems.append("no prompt was given")
+    for row, length in enumerate(lengths):
+        if not 0 < length < context_length:
+            problems.append(
+                f"prompt {row + 1} has {length} tokens; it must have at least 1 and fewer than the model's context "
+                f"of {context_length}, so that there is room to write"
+            )
+    if problems:
+        raise UserError(problems)

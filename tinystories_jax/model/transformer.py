@@ -1,0 +1,309 @@
+"""The decoder: Llama's own maths, with Flax NNX confined to this file.
+
+Callers see plain functions over a pytree of float32 arrays (`params`, nested dicts named as in Hugging Face's
+LlamaForCausalLM): `init_params`, `forward` for training, `prefill` and `decode_step` for generating.
+
+Shape suffixes, here and wherever arrays carry them: B batch, T query positions, S key positions (cache length),
+D model width, H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tinystories_jax.config import ModelConfig
+
+Params = dict[str, Any]
+
+_INIT_STD = 0.02
+_NORM_EPSILON = 1e-5
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer. Positions stand last in keys and inner in values: the layouts that the two
+    products of a decode step read in order."""
+
+    keys_BGKS: jax.Array
+    values_BGSK: jax.Array
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Returns fresh float32 parameters; every matrix normal(0, 0.02), those that write into the residual stream smaller.
+
+    The residual outputs shrink by 1 / sqrt(2 num_layers) (GPT-2, Radford et al. 2019, section 2.3).
+    """
+    model = Transformer(config, rngs=nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def forward(params: Params, tokens_BT: jax.Array, config: ModelConfig, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Returns float32 logits_BTV for int32 tokens_BT; position t sees positions <= t only.
+
+    Dropout acts when `dropout_key` is given and config.dropout > 0.
+    """
+    model = _bind(params, config)
+    hidden_BTD, _ = model.hidden(tokens_BT, dropout_key=dropout_key)
+    return model.logits(hidden_BTD)
+
+
+def prefill(
+    params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, config: ModelConfig, *, cache_length: int
+) -> tuple[jax.Array, list[KVCache]]:
+    """Returns float32 logits_BV after each prompt's last token, and the caches that hold the prompts.
+
+    `tokens_BT` is padded on the right; `lengths_B` counts the real tokens, at least 1. What the padding writes into
+    the cache stands behind every real position, so it is overwritten before it can be seen.
+    """
+    model = _bind(params, config)
+    hidden_BTD, keys_and_values = model.hidden(tokens_BT)
+    padding = cache_length - tokens_BT.shape[1]
+    caches = [
+        KVCache(
+            keys_BGKS=jnp.pad(jnp.transpose(keys_BTGK, (0, 2, 3, 1)), ((0, 0), (0, 0), (0, 0), (0, padding))),
+            values_BGSK=jnp.pad(jnp.transpose(values_BTGK, (0, 2, 1, 3)), ((0, 0), (0, 0), (0, padding), (0, 0))),
+        )
+        for keys_BTGK, values_BTGK in keys_and_values
+    ]
+    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return model.logits(last_BD), caches
+
+
+def decode_step(
+    params: Params, tokens_B: jax.Array, positions_B: jax.Array, caches: list[KVCache], config: ModelConfig
+) -> tuple[jax.Array, list[KVCache]]:
+    """Returns float32 logits_BV for the token after `tokens_B`, which stands at `positions_B`, and the caches with it."""
+    model = _bind(params, config)
+    hidden_BTD, caches = model.hidden_cached(tokens_B[:, None], positions_B, caches)
+    return model.logits(hidden_BTD[:, 0]), caches
+
+
+def init_kv_cache(config: ModelConfig, batch_size: int, cache_length: int) -> list[KVCache]:
+    """Returns empty caches, one per layer, in the activations' dtype."""
+    shape = (batch_size, config.num_kv_heads, config.head_dim, cache_length)
+    keys_BGKS = jnp.zeros(shape, config.dtype)
+    return [KVCache(keys_BGKS, jnp.swapaxes(keys_BGKS, 2, 3)) for _ in range(config.num_layers)]
+
+
+def num_params(config: ModelConfig) -> int:
+    """Returns the count of parameters, from the shapes alone."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(_abstract_model(config)[1])))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_model(config: ModelConfig) -> tuple[Any, Any]:
+    """Returns the graph definition and the state's shapes: what `_bind` needs to give arrays their modules back."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return nnx.split(model)
+
+
+def _bind(params: Params, config: ModelConfig) -> "Transformer":
+    graph_definition, shapes = _abstract_model(config)
+    state = jax.tree.map(lambda leaf: leaf, shapes)  # a copy: replacing works in place
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph_definition, state)
+
+
+class Transformer(nnx.Module):
+    """Embedding, pre-norm decoder layers, final norm, output matrix (the embedding itself when tied)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.d_model,
+            dtype=jnp.dtype(config.dtype),
+            embedding_init=nnx.initializers.normal(_INIT_STD),
+            rngs=rngs,
+        )
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = _rms_norm(config, rngs)
+        if not config.tie_embeddings:
+            self.lm_head = _linear(config, config.d_model, config.vocab_size, rngs)
+
+    def hidden(
+        self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+        """Returns normalised hidden_BTD, and each layer's keys_BTGK (rotated) and values_BTGK."""
+        hidden_BTD = self.embed_tokens(tokens_BT)
+        rotation = _rotation(jnp.arange(tokens_BT.shape[1])[None], self.config)
+        keys_and_values = []
+        for index, layer in enumerate(self.layers):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            # jax.checkpoint sees the layer's parameters as closed-over arrays: kept, while activations are recomputed.
+            run = jax.checkpoint(functools.partial(_run_layer, layer)) if self.config.remat else layer
+            hidden_BTD, layer_keys_and_values = run(hidden_BTD, rotation, key)
+            keys_and_values.append(layer_keys_and_values)
+        return self.norm(hidden_BTD), keys_and_values
+
+    def hidden_cached(
+        self, tokens_BT: jax.Array, positions_B: jax.Array, caches: list[KVCache]
+    ) -> tuple[jax.Array, list[KVCache]]:
+        """Returns normalised hidden_BTD of one new token a row (T = 1) and the caches with its keys and values."""
+        hidden_BTD = self.embed_tokens(tokens_BT)
+        rotation = _rotation(positions_B[:, None], self.config)
+        new_caches = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden_BTD, cache = layer.cached(hidden_BTD, rotation, positions_B, cache)
+            new_caches.append(cache)
+        return self.norm(hidden_BTD), new_caches
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits (..., V): the last product accumulates in float32 whatever the activations are."""
+        if self.config.tie_embeddings:
+            output_VD = self.embed_tokens.embedding[...].astype(hidden.dtype)
+            return jnp.einsum("...D,VD->...V", hidden, output_VD, preferred_element_type=jnp.float32)
+        output_DV = self.lm_head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum("...D,DV->...V", hidden, output_DV, preferred_element_type=jnp.float32)
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = _rms_norm(config, rngs)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = _rms_norm(config, rngs)
+        self.mlp = FeedForward(config, rngs=rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(
+        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        attended_BTD, keys_and_values = self.self_attn(self.input_layernorm(hidden_BTD), rotation)
+        hidden_BTD = hidden_BTD + self._drop(attended_BTD, dropout_key, 0)
+        fed_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return hidden_BTD + self._drop(fed_BTD, dropout_key, 1), keys_and_values
+
+    def cached(
+        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], positions_B: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        attended_BTD, cache = self.self_attn.cached(self.input_layernorm(hidden_BTD), rotation, positions_B, cache)
+        hidden_BTD = hidden_BTD + attended_BTD
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD)), cache
+
+    def _drop(self, hidden_BTD: jax.Array, key: jax.Array | None, branch: int) -> jax.Array:
+        if key is None:
+            return hidden_BTD
+        return self.dropout(hidden_BTD, deterministic=False, rngs=jax.random.fold_in(key, branch))
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions; several query heads may share one key/value head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = _linear(config, config.d_model, query_width, rngs)
+        self.k_proj = _linear(config, config.d_model, kv_width, rngs)
+        self.v_proj = _linear(config, config.d_model, kv_width, rngs)
+        self.o_proj = _linear(config, query_width, config.d_model, rngs, std=_residual_std(config))
+
+    def __call__(
+        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation)
+        attended_BTHK = jax.nn.dot_product_attention(
+            queries_BTHK, keys_BTGK, values_BTGK, is_causal=True, implementation=_attention_implementation(self.config)
+        )
+        return self._output(attended_BTHK), (keys_BTGK, values_BTGK)
+
+    def cached(
+        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], positions_B: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation)
+        cache = _write(cache, keys_BTGK[:, 0], values_BTGK[:, 0], positions_B)
+        batch_size = hidden_BTD.shape[0]
+        groups = (batch_size, self.config.num_kv_heads, -1, self.config.head_dim)
+        # R query heads share a key/value head; they stand next to each other, as in Llama.
+        queries_BGRK = queries_BTHK[:, 0].reshape(groups)
+        scores_BGRS = jnp.einsum(
+            "BGRK,BGKS->BGRS", queries_BGRK, cache.keys_BGKS, preferred_element_type=jnp.float32
+        ) * (self.config.head_dim**-0.5)
+        seen_BS = jnp.arange(scores_BGRS.shape[-1])[None] <= positions_B[:, None]
+        scores_BGRS = jnp.where(seen_BS[:, None, None], scores_BGRS, -jnp.inf)
+        # Softmax in float32: bf16 has 8 significant bits, and the tail is what sampling draws from.
+        weights_BGRS = jax.nn.softmax(scores_BGRS, axis=-1).astype(hidden_BTD.dtype)
+        attended_BGRK = jnp.einsum("BGRS,BGSK->BGRK", weights_BGRS, cache.values_BGSK)
+        return self._output(attended_BGRK.reshape(batch_size, 1, self.config.num_heads, self.config.head_dim)), cache
+
+    def _project(
+        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        heads = (*hidden_BTD.shape[:2], -1, self.config.head_dim)
+        queries, keys, values = _fused_linear(hidden_BTD, self.q_proj, self.k_proj, self.v_proj)
+        return _rotate(queries.reshape(heads), rotation), _rotate(keys.reshape(heads), rotation), values.reshape(heads)
+
+    def _output(self, attended_BTHK: jax.Array) -> jax.Array:
+        return self.o_proj(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1))
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate_proj = _linear(config, config.d_model, config.d_ff, rngs)
+        self.up_proj = _linear(config, config.d_model, config.d_ff, rngs)
+        self.down_proj = _linear(config, config.d_ff, config.d_model, rngs, std=_residual_std(config))
+
+    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+        gate_BTF, up_BTF = _fused_linear(hidden_BTD, self.gate_proj, self.up_proj)
+        return self.down_proj(jax.nn.silu(gate_BTF) * up_BTF)
+
+
+def _run_layer(layer: DecoderLayer, *arguments: Any) -> Any:
+    return layer(*arguments)
+
+
+def _residual_std(config: ModelConfig) -> float:
+    return _INIT_STD / (2 * config.num_layers) ** 0.5
+
+
+def _rms_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.d_model, epsilon=_NORM_EPSILON, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def _linear(config: ModelConfig, width_in: int, width_out: int, rngs: nnx.Rngs, std: float = _INIT_STD) -> nnx.Linear:
+    initializer = nnx.initializers.normal(std)
+    return nnx.Linear(
+        width_in, width_out, use_bias=False, dtype=jnp.dtype(config.dtype), kernel_init=initializer, rngs=rngs
+    )
+
+
+def _fused_linear(hidden_BTD: jax.Array, *layers: nnx.Linear) -> list[jax.Array]:
+    """Returns each layer's output from one matrix product: fewer, larger products, and `hidden_BTD` is read once."""
+    kernels = [layer.kernel[...].astype(hidden_BTD.dtype) for layer in layers]
+    splits = [sum(kernel.shape[1] for kernel in kernels[: index + 1]) for index in range(len(kernels) - 1)]
+    return jnp.split(hidden_BTD @ jnp.concatenate(kernels, axis=1), splits, axis=-1)
+
+
+def _attention_implementation(config: ModelConfig) -> str:
+    # cuDNN's flash attention takes 16-bit types only, and asking for it elsewhere raises.
+    return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
+
+
+def _rotation(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns float32 cosines and sines (B, T, 1, K/2) of the rotary angles (Su et al. 2021, arXiv:2104.09864)."""
+    exponents = jnp.arange(config.head_dim // 2, dtype=jnp.float32) / (config.head_dim // 2)
+    frequencies = config.rope_theta**-exponents
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(heads_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pairs (k, k + K/2): the half-split form that Hugging Face's Llama uses, so that export is a rename."""
+    cosines, sines = rotation
+    first, second = jnp.split(heads_BTHK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
+    return rotated.astype(heads_BTHK.dtype)
+
+
+def _write(cache: KVCache, keys_BGK: jax.Array, values_BGK: jax.Array, positions_B: jax.Array) -> KVCache:
+    """Returns the cache with one token a row written at its own position; in place when the cache is donated."""
+    rows = jnp.arange(positions_B.shape[0])
+    return KVCache(
+        keys_BGKS=cache.keys_BGKS.at[rows, :, :, positions_B].set(keys_BGK),
+        values_BGSK=cache.values_BGSK.at[rows, :, positions_B].set(values_BGK),
+    )

@@ -1,0 +1,392 @@
+"""The training loop: assembles data, model, optimizer, checkpoints and metrics, and goes from update to update.
+
+Everything that it leaves behind stands in the workdir, so that rerunning the same command goes on where it stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import jax
+import numpy as np
+
+from tinystories_jax.config import Config, contradictions, from_dict, to_dict, with_data
+from tinystories_jax.data.cache import batch_at, num_blocks
+from tinystories_jax.data.prepare import PreparedData, prepare_data
+from tinystories_jax.data.tokenizer import StoryTokenizer, load_tokenizer, save_tokenizer
+from tinystories_jax.errors import UserError
+from tinystories_jax.evaluation.samples import check_prompts, write_stories
+from tinystories_jax.evaluation.validation import ValidationScores, article_mask, validate
+from tinystories_jax.model.generate import Sampling
+from tinystories_jax.model.transformer import Params, num_params
+from tinystories_jax.training.checkpoint import Checkpoints, Meta
+from tinystories_jax.training.metrics import (
+    MetricsLog,
+    ProgressLine,
+    append_jsonl,
+    drop_after,
+    flops_per_token,
+    model_flops_utilization,
+)
+from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `best_update` and `best_loss` (nats per token) are None when nothing was evaluated; `seconds`
+    counts this process, data preparation included; `signal` is what stopped it, None when it came to its end."""
+
+    workdir: Path
+    update: int
+    total_updates: int
+    best_update: int | None
+    best_loss: float | None
+    bits_per_byte: float | None
+    seconds: float
+    stopped_early: bool
+    signal: int | None
+
+    def summary(self) -> str:
+        """Returns what the user needs next, a few lines."""
+        minutes, seconds = divmod(round(self.seconds), 60)
+        lines = [f"update {self.update:,} of {self.total_updates:,} in {minutes} min {seconds} s"]
+        if self.signal:
+            lines[0] += f", stopped by {signal.Signals(self.signal).name} and saved; the same command goes on from here"
+        elif self.stopped_early:
+            lines[0] += ", stopped early: the validation loss has not improved for eval.early_stopping_patience evaluations"
+        if self.best_update is not None:
+            lines.append(
+                f"best checkpoint: update {self.best_update:,}, validation loss {self.best_loss:.4f} nats per token, "
+                f"{self.bits_per_byte:.4f} bits per byte"
+            )
+        command = f"python scripts/sample.py --checkpoint {shlex.quote(str(self.workdir))}"
+        return "\n".join([*lines, f"write stories with: {command}"])
+
+
+def train(config: Config, workdir: Path) -> TrainResult:
+    """Trains until `config` is fulfilled, from the latest checkpoint in `workdir` if there is one.
+
+    Raises `UserError` for anything that the user can mend; what was saved before stays.
+    """
+    started = time.perf_counter()
+    data = prepare_data(config)
+    blocks = num_blocks(len(data.train.tokens), config.data.sequence_length)
+    config = with_data(config, vocab_size=data.tokenizer.vocab_size, num_blocks=blocks)
+    schedule = config.schedule
+    assert schedule is not None
+    check_prompts(data.tokenizer, config.sample.prompts, config.data.sequence_length)
+    _claim_workdir(workdir, config, data.tokenizer)
+    _announce(config, workdir)
+    article_mask_V = article_mask(data.tokenizer.article_ids, data.tokenizer.vocab_size)
+    optimizer = make_optimizer(config)
+    train_step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, schedule))
+    epoch_ends = frozenset(schedule.epoch_ends)
+    micro_steps = config.train.grad_accum_steps
+
+    with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
+        state, update = _start_or_resume(checkpoints, init_state(config, optimizer), data)
+        drop_after(workdir / "samples.jsonl", update)
+        with (
+            MetricsLog(workdir, resume_after=update, tensorboard=config.logging.tensorboard) as log,
+            ProgressLine(total=schedule.total_updates, initial=update) as progress,
+        ):
+            meter = _Meter(config, update)
+            while update < schedule.total_updates and not stop.signal and not _out_of_patience(config, log):
+                for micro_step in range(update * micro_steps, (update + 1) * micro_steps):
+                    block = meter.wait_for(_load_block, data, config, micro_step)
+                    state, metrics = train_step(state, block, article_mask_V)
+                    meter.add(metrics)
+                update += 1
+                last = update == schedule.total_updates
+                evaluates = last or update % config.eval.every == 0
+                saves = last or update % config.checkpoint.every == 0 or update in epoch_ends
+                if not (evaluates or saves or stop.signal or meter.is_due(update)):
+                    continue
+                rows = meter.read(checkpoints.latest())
+                progress.show(update, text=meter.text(), eta_seconds=meter.eta_seconds())
+                valid_loss = None
+                if evaluates:
+                    scores, improved = _evaluate(state.params, data, config, article_mask_V, log, rows, progress)
+                    _sample(state.params, data.tokenizer, config, update, workdir)
+                    valid_loss, saves = scores.loss, saves or improved
+                log.write(rows)
+                if saves or stop.signal:
+                    meta = Meta(update, config, data.tokenizer, *_fingerprints(data))
+                    checkpoints.save(state, meta, valid_loss=valid_loss)
+                if evaluates or saves:
+                    meter.restart()
+            checkpoints.wait()
+            best_update = checkpoints.best()
+            best = log.evaluations.get(best_update) if best_update is not None else None
+            return TrainResult(
+                workdir=workdir,
+                update=update,
+                total_updates=schedule.total_updates,
+                best_update=best_update,
+                best_loss=best["valid/loss"] if best else None,
+                bits_per_byte=best["valid/bits_per_byte"] if best else None,
+                seconds=time.perf_counter() - started,
+                stopped_early=update < schedule.total_updates and not stop.signal,
+                signal=stop.signal,
+            )
+
+
+def _load_block(data: PreparedData, config: Config, micro_step: int) -> jax.Array:
+    return jax.device_put(
+        batch_at(
+            data.train.tokens,
+            seed=config.seed,
+            micro_step=micro_step,
+            batch_size=config.train.batch_size,
+            sequence_length=config.data.sequence_length,
+        )
+    )
+
+
+def _fingerprints(data: PreparedData) -> tuple[str, str]:
+    return data.train.manifest.fingerprint, data.valid.manifest.fingerprint
+
+
+def _claim_workdir(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> None:
+    """Writes config and tokenizer into a new run; refuses a run that `config` would not continue."""
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            of_run = from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError, UserError) as error:
+            raise UserError(f"{path}: cannot be read as a run's config ({error}); give another --workdir") from error
+        differing = contradictions(of_run, config)
+        stored = load_tokenizer(workdir / "tokenizer")
+        if stored.sha256 != tokenizer.sha256:
+            differing.append(f"tokenizer: the run has SHA-256 {stored.sha256[:16]}, requested {tokenizer.sha256[:16]}")
+        if differing:
+            raise UserError(
+                [f"{workdir} holds another run; give another --workdir, or the run's own values:"]
+                + [f"  {line}" for line in differing]
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, workdir / "tokenizer")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _announce(config: Config, workdir: Path) -> None:
+    schedule, device = config.schedule, jax.devices()[0]
+    assert schedule is not None
+    tokens_per_update = schedule.blocks_per_update * config.data.sequence_length
+    lines = [
+        f"run       {workdir}",
+        f"device    {device.device_kind} x {jax.device_count()}",
+        f"model     {num_params(config.model):,} parameters, {config.model.vocab_size:,} tokens, {config.model.dtype}",
+        f"schedule  {schedule.total_updates:,} updates of {tokens_per_update:,} tokens, "
+        f"{schedule.epoch_at(schedule.total_updates):.2f} epochs, warm-up {schedule.warmup_updates:,} updates",
+    ]
+    if schedule.warmup_updates < config.optim.warmup_updates:
+        lines[-1] += f" (optim.warmup_updates={config.optim.warmup_updates:,} cut to half of the run)"
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, data: PreparedData) -> tuple[TrainState, int]:
+    latest = checkpoints.latest()
+    if latest is None:
+        return fresh, 0
+    state, meta = checkpoints.restore(latest, fresh)
+    for split, saved, now in zip(
+        ("train", "validation"), (meta.train_fingerprint, meta.valid_fingerprint), _fingerprints(data), strict=True
+    ):
+        if saved != now:
+            raise UserError(
+                f"{checkpoints.folder.parent}: the run was trained on the {split} cache {saved[:16]}, the data now gives "
+                f"{now[:16]}; give back the same stories, or another --workdir"
+            )
+    print(f"resumed   after update {latest:,}", file=sys.stderr)
+    return state, latest
+
+
+def _evaluate(
+    params: Params,
+    data: PreparedData,
+    config: Config,
+    article_mask_V: jax.Array,
+    log: MetricsLog,
+    rows: list[dict[str, float]],
+    progress: ProgressLine,
+) -> tuple[ValidationScores, bool]:
+    """Adds the validation scores to the newest row; returns them and whether the loss is the best so far."""
+    scores = validate(params, data.valid, config, article_mask_V)
+    improved = scores.loss < min((row["valid/loss"] for row in log.evaluations.values()), default=float("inf"))
+    rows[-1] |= {
+        "valid/loss": scores.loss,
+        "valid/bits_per_byte": scores.bits_per_byte,
+        "valid/article_loss": scores.article_loss,
+        "valid/article_recall": scores.article_recall,
+    }
+    progress.note(
+        f"update {rows[-1]['update']}: validation loss {scores.loss:.4f}, {scores.bits_per_byte:.4f} bits per byte, "
+        f"articles: loss {scores.article_loss:.3f}, recall {scores.article_recall:.1%}" + (" (best)" if improved else "")
+    )
+    return scores, improved
+
+
+def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, update: int, workdir: Path) -> None:
+    stories = write_stories(
+        params,
+        tokenizer,
+        config,
+        config.sample.prompts,
+        Sampling(temperature=config.sample.temperature),
+        seed=config.seed,
+        max_new_tokens=config.sample.max_new_tokens,
+    )
+    append_jsonl(workdir / "samples.jsonl", [{"update": update, **dataclasses.asdict(story)} for story in stories])
+
+
+def _out_of_patience(config: Config, log: MetricsLog) -> bool:
+    patience = config.eval.early_stopping_patience
+    losses = [row["valid/loss"] for row in log.evaluations.values()]
+    return bool(patience and losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
+
+
+class _Meter:
+    """Collects the metrics of micro-steps on the device, and reads them with the clock when they are due.
+
+    Evaluations, checkpoints and the first update of a process, which compiles, are not part of tokens per second.
+    """
+
+    def __init__(self, config: Config, update: int):
+        assert config.schedule is not None
+        self._config, self._schedule = config, config.schedule
+        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self._pending: list[StepMetrics] = []
+        self._first_update, self._update = update + 1, update
+        self._row: dict[str, float] = {}
+        self._speed = 0.0  # tokens per second
+        self.restart()
+
+    def restart(self) -> None:
+        self._began, self._waited = time.perf_counter(), 0.0
+
+    def wait_for(self, load, *arguments) -> jax.Array:
+        """Returns `load(*arguments)`, counting its time as waiting for data."""
+        began = time.perf_counter()
+        block = load(*arguments)
+        self._waited += time.perf_counter() - began
+        return block
+
+    def add(self, metrics: StepMetrics) -> None:
+        self._pending.append(metrics)
+
+    def is_due(self, update: int) -> bool:
+        return update == self._first_update or update % self._config.logging.every == 0
+
+    def read(self, last_checkpoint: int | None) -> list[dict[str, float]]:
+        """Waits for the device; returns one row per update since the last call, speed on the newest one."""
+        per_update = self._config.train.grad_accum_steps
+        values = np.array(jax.device_get(self._pending), np.float64).reshape(-1, per_update, 3)
+        self._pending = []
+        seconds = time.perf_counter() - self._began
+        rows = []
+        tokens_per_update = self._schedule.blocks_per_update * self._config.data.sequence_length
+        for micro_steps in values:
+            self._update += 1
+            if not np.isfinite(micro_steps).all():
+                raise UserError(_non_finite_message(self._update, micro_steps[:, 0], last_checkpoint))
+            rows.append(
+                {
+                    "update": self._update,
+                    "epoch": self._schedule.epoch_at(self._update),
+                    "tokens": self._update * tokens_per_update,
+                    "train/loss": float(micro_steps[:, 0].mean()),
+                    "train/grad_norm": float(micro_steps[-1, 1]),
+                    "train/learning_rate": float(micro_steps[-1, 2]),
+                }
+            )
+        if self._update > self._first_update:
+            self._speed = len(rows) * tokens_per_update / seconds
+            rows[-1] |= {
+                "train/tokens_per_second": self._speed,
+                "train/mfu": model_flops_utilization(self._speed, self._flops_per_token),
+                "train/data_wait_fraction": self._waited / seconds,
+            }
+        self._row = rows[-1]
+        self.restart()
+        return rows
+
+    def eta_seconds(self) -> float | None:
+        left = (self._schedule.total_updates - self._update) * self._schedule.blocks_per_update
+        return left * self._config.data.sequence_length / self._speed if self._speed else None
+
+    def text(self) -> str:
+        row = self._row
+        parts = [
+            f"epoch {row['epoch']:.2f}",
+            f"loss {row['train/loss']:.3f}",
+            f"lr {row['train/learning_rate']:.2e}",
+        ]
+        if "train/tokens_per_second" in row:
+            mfu = row["train/mfu"]
+            parts += [
+                f"{row['train/tokens_per_second']:,.0f} tok/s",
+                "mfu unknown device" if mfu is None else f"mfu {mfu:.1%}",
+                f"data {row['train/data_wait_fraction']:.1%}",
+            ]
+        return "  ".join(parts)
+
+
+def _non_finite_message(update: int, losses: np.ndarray, last_checkpoint: int | None) -> str:
+    what = "loss" if not np.isfinite(losses).all() else "gradient"
+    kept = "no checkpoint was saved yet" if last_checkpoint is None else f"the last checkpoint is update {last_checkpoint}"
+    return (
+        f"update {update}: the {what} is not finite; {kept}. In a new --workdir try a lower "
+        "--config.optim.learning_rate, a longer --config.optim.warmup_updates, or --config.model.dtype=float32"
+    )
+
+
+class _StopSignals:
+    """Notes SIGTERM and SIGINT for the loop to act on between two updates; a second SIGINT exits at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(130)
+        self.signal = number
+        os.write(2, b"\nfinishing this update and saving; a second Ctrl-C exits at once\n")
+
+
+@contextlib.contextmanager
+def _explain_out_of_memory(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        batch_size, micro_steps = config.train.batch_size, config.train.grad_accum_steps
+        raise UserError(
+            f"out of memory on {jax.devices()[0].device_kind} with train.batch_size={batch_size}; "
+            f"try --config.train.batch_size={max(1, batch_size // 2)} "
+            f"--config.train.grad_accum_steps={micro_steps * 2}, the same update in smaller pieces"
+        ) from error

@@ -1,0 +1,80 @@
+"""One micro-step of training as a pure function of state and block; it knows nothing of devices, files or time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tinystories_jax.config import Config
+from tinystories_jax.model.loss import next_token_loss
+from tinystories_jax.model.transformer import Params, forward, init_params
+
+
+class TrainState(NamedTuple):
+    """All that training carries from one micro-step to the next."""
+
+    micro_step: jax.Array
+    params: Params
+    opt_state: optax.MultiStepsState
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one micro-step. `loss` is plain cross-entropy in nats per token, whatever the article weight;
+    `grad_norm` (before clipping) and `learning_rate` are those of the update, so they count when it is complete."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, StepMetrics]]
+
+
+def init_state(config: Config, optimizer: optax.MultiSteps) -> TrainState:
+    """Returns the state before the first micro-step, a pure function of the seed."""
+    params = init_params(config.model, jax.random.fold_in(jax.random.key(config.seed), 0))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_train_step(config: Config, optimizer: optax.MultiSteps, schedule: optax.Schedule) -> TrainStep:
+    """Returns the jitted `train_step(state, block, article_mask_V)`; the given state's buffers are reused (donated).
+
+    block: int32 (batch, sequence_length + 1); article_mask_V: True for the IDs of a / an / the.
+    """
+    step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
+    return jax.jit(step, donate_argnums=0)
+
+
+def train_step(
+    state: TrainState,
+    block: jax.Array,
+    article_mask_V: jax.Array,
+    *,
+    config: Config,
+    optimizer: optax.MultiSteps,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, StepMetrics]:
+    """Returns the state after one micro-batch, and its metrics; every `grad_accum_steps`-th call updates the parameters."""
+    dropout_key = None
+    if config.model.dropout > 0:
+        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.micro_step)
+    # The only place where labels are shifted: inputs and targets are two views of one block.
+    inputs_BT, targets_BT = block[:, :-1], block[:, 1:]
+
+    def objective(params: Params) -> tuple[jax.Array, jax.Array]:
+        logits_BTV = forward(params, inputs_BT, config.model, dropout_key=dropout_key)
+        loss = next_token_loss(logits_BTV, targets_BT, jnp.ones(targets_BT.shape))
+        if config.train.article_loss_weight == 1:
+            return loss, loss
+        weights_BT = jnp.where(article_mask_V[targets_BT], config.train.article_loss_weight, 1.0)
+        return next_token_loss(logits_BTV, targets_BT, weights_BT), loss
+
+    (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    learning_rate = schedule(state.opt_state.gradient_step)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = StepMetrics(loss, opt_state.inner_opt_state[0].grad_norm, jnp.asarray(learning_rate, jnp.float32))
+    return TrainState(state.micro_step + 1, params, opt_state), metrics
