@@ -7,12 +7,13 @@ It shows that every part works and what a run looks like. Its figures say nothin
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    config: ConfigDict = runpy.run_path(str(Path(__file__).with_name("cpu_real.py")))["get_config"]()
+    config: Any = runpy.run_path(str(Path(__file__).with_name("cpu_real.py")))["get_config"]()
     config.data.source = "sample"
     config.tokenizer.vocab_size = 2_048  # tokens; the made-up stories have few words
     config.train.max_updates = 300

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "source": "hub",  # hub: the Hugging Face Hub; files: local files; sample: the bundled made-up stories
                 "hub_name": "roneneldan/TinyStories",  # OWNER/NAME; splits train and validation, column text
-                "hub_revision": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",  # commit: the data cannot change under a run
+                "hub_revision": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",  # commit: the data cannot change
                 "train_files": "",  # for files: comma-separated paths or globs of .txt, .jsonl, .parquet
                 "valid_files": "",  # likewise
                 "max_stories": 0,  # stories of the training split to use; 0 is all. Validation is always whole

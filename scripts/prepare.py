@@ -1,6 +1,6 @@
 """Builds what training needs and is missing: the tokenizer and the token caches of both splits; prints the reports.
 
-    python scripts/prepare.py --config configs/top10k.py [--config.SECTION.FIELD=VALUE ...] [--rebuild]
+python scripts/prepare.py --config configs/top10k.py [--config.SECTION.FIELD=VALUE ...] [--rebuild]
 """
 
 from absl import flags

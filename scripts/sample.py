@@ -32,7 +32,7 @@ def main() -> None:
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     params, meta = restore_params(Path(_CHECKPOINT.value), _STEP.value)
-    limits = dict(seed=_SEED.value, max_new_tokens=_MAX_NEW_TOKENS.value or meta.config.data.sequence_length)
+    limits = {"seed": _SEED.value, "max_new_tokens": _MAX_NEW_TOKENS.value or meta.config.data.sequence_length}
     prompts = [prompt for prompt in _PROMPT.value for _ in range(_NUM_SAMPLES.value)]
     separator = f"\n{END_OF_STORY}\n"
     print(f"checkpoint of update {meta.update} in {_CHECKPOINT.value}", file=sys.stderr)

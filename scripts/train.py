@@ -1,6 +1,6 @@
 """Trains a model, or goes on with a run: tokenizer, token cache and training, whatever is missing.
 
-    python scripts/train.py --config configs/top10k.py [--workdir runs/top10k] [--config.SECTION.FIELD=VALUE ...]
+python scripts/train.py --config configs/top10k.py [--workdir runs/top10k] [--config.SECTION.FIELD=VALUE ...]
 """
 
 from pathlib import Path

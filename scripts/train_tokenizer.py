@@ -18,7 +18,9 @@ from tinystories_jax.errors import UserError
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 10_000, "Tokens to reach.", lower_bound=257, upper_bound=1_000_000)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for tokenizer.json.", required=True)
 _MAX_SAMPLES = flags.DEFINE_integer("max_samples", 100_000, "Stories to train on; 0 is all.", lower_bound=0)
-_SOURCE = flags.DEFINE_enum("source", "hub", ["hub", "files", "sample"], "Where stories come from; the sample is bundled and made up.")
+_SOURCE = flags.DEFINE_enum(
+    "source", "hub", ["hub", "files", "sample"], "Where from; the sample is bundled and made up."
+)
 _TRAIN_FILES = flags.DEFINE_string("train_files", "", "For files: comma-separated paths or globs.")
 _HUB_NAME = flags.DEFINE_string("hub_name", "roneneldan/TinyStories", "For hub: OWNER/NAME.")
 _HUB_SUBSET = flags.DEFINE_string("hub_subset", "", "For hub: the data set's configuration, if it has several.")

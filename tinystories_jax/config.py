@@ -150,11 +150,15 @@ _SECTIONS = {name: hint for name, hint in get_type_hints(Config).items() if name
 def resolve(values: Mapping[str, Any]) -> Config:
     """Returns the frozen config; raises one `UserError` with every problem found in `values` (a ConfigDict or dict)."""
     problems: list[str] = []
+    if not hasattr(values, "items"):
+        raise UserError(f"the config is a {type(values).__name__}; get_config must return a ConfigDict of sections")
     for name in values:
         if name not in _SECTIONS and name not in ("seed", "schedule"):
             problems.append(f"{name}: no such section; the sections are {', '.join(_SECTIONS)}")
-    seed = _typed("seed", values["seed"], int, problems) if "seed" in values else None
-    if seed is None and "seed" not in values:
+    seed: Any = None
+    if "seed" in values:
+        seed = _typed("seed", values["seed"], int, problems)
+    else:
         problems.append("seed is missing; add config.seed = 0")
     sections: dict[str, dict[str, Any]] = {}
     for name, section_type in _SECTIONS.items():
@@ -176,7 +180,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
 
 
 def with_data(config: Config, *, vocab_size: int, num_blocks: int) -> Config:
-    """Returns `config` with the vocabulary size reached by the tokenizer and the schedule that the training blocks give."""
+    """Returns `config` with the tokenizer's vocabulary size and the schedule that the training blocks give."""
     if num_blocks < 1:
         raise UserError(
             f"the training split is shorter than one block of data.sequence_length={config.data.sequence_length} + 1 "
@@ -207,12 +211,19 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the config that `to_dict` wrote, validated again; raises `UserError` when it is not one."""
     config = resolve(values)
     try:
-        schedule = dict(values["schedule"])
-        schedule["epoch_ends"] = tuple(int(update) for update in schedule["epoch_ends"])
-        model = dataclasses.replace(config.model, vocab_size=int(values["model"]["vocab_size"]))
-        return dataclasses.replace(config, model=model, schedule=Schedule(**schedule))
+        stored = dict(values["schedule"])
+        schedule = Schedule(**{**stored, "epoch_ends": tuple(stored["epoch_ends"])})
+        vocab_size = values["model"]["vocab_size"]
+        for count in (*dataclasses.astuple(schedule)[:-1], *schedule.epoch_ends, vocab_size):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"{count!r} is no count")
+        if not (schedule.num_blocks and schedule.blocks_per_update and schedule.total_updates and vocab_size):
+            raise ValueError("a count is 0")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the stored config has no usable schedule or vocabulary size ({error!r})") from error
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=vocab_size), schedule=schedule
+    )
 
 
 def contradictions(of_run: Config, requested: Config) -> list[str]:
@@ -265,7 +276,7 @@ def _typed(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
     return None
 
 
-def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list[str]:
+def _check_values(seed: int, sections: dict[str, dict[str, Any]]) -> list[str]:
     problems: list[str] = []
     data, tokenizer, train = sections["data"], sections["tokenizer"], sections["train"]
     _require_range(problems, "seed", seed, 0, 2**31 - 1)
@@ -359,7 +370,8 @@ def _check_model(model: dict[str, Any]) -> list[str]:
     if d_model % num_heads:
         suggestion = max(heads for heads in range(1, num_heads + 1) if d_model % heads == 0)
         problems.append(
-            f"model.num_heads={num_heads} must divide model.d_model={d_model}; try --config.model.num_heads={suggestion}"
+            f"model.num_heads={num_heads} must divide model.d_model={d_model}; "
+            f"try --config.model.num_heads={suggestion}"
         )
     elif (d_model // num_heads) % 2:
         problems.append(

@@ -49,7 +49,7 @@ class Sampling:
 
 
 class DecodeState(NamedTuple):
-    """Texts under way. `lengths_B` counts the tokens of each row of `tokens_BS`; the last one is not yet in the caches."""
+    """Texts under way. `lengths_B` counts the tokens of each row of `tokens_BS`; the last is not yet in the caches."""
 
     tokens_BS: jax.Array
     lengths_B: jax.Array
@@ -141,7 +141,7 @@ def generate_chunks(
         penalize=sampling.repetition_penalty != 1,
     )
     row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(prompts)))
-    static = dict(config=config, filters=filters, end_token=end_token)
+    static = {"config": config, "filters": filters, "end_token": end_token}
     state = _start(params, tokens_BT, lengths, row_keys_B, draw, cache_length=cache_length, **static)
     for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
         state = _decode_until(params, state, np.int32(until), row_keys_B, draw, **static)
@@ -215,9 +215,7 @@ def _append(
     )
 
 
-def _sample(
-    logits_BV: jax.Array, state: DecodeState, keys_B: jax.Array, draw: _Draw, filters: _Filters
-) -> jax.Array:
+def _sample(logits_BV: jax.Array, state: DecodeState, keys_B: jax.Array, draw: _Draw, filters: _Filters) -> jax.Array:
     if filters.penalize:
         logits_BV = _penalize(logits_BV, state, draw.repetition_penalty)
     if filters.greedy:

@@ -8,7 +8,7 @@ D model width, H query heads, G key/value heads, K head width, F feed-forward wi
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class KVCache(NamedTuple):
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Returns fresh float32 parameters; every matrix normal(0, 0.02), those that write into the residual stream smaller.
+    """Returns fresh float32 parameters: matrices normal(0, 0.02), those that write into the residual stream smaller.
 
     The residual outputs shrink by 1 / sqrt(2 num_layers) (GPT-2, Radford et al. 2019, section 2.3).
     """
@@ -39,7 +39,9 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def forward(params: Params, tokens_BT: jax.Array, config: ModelConfig, *, dropout_key: jax.Array | None = None) -> jax.Array:
+def forward(
+    params: Params, tokens_BT: jax.Array, config: ModelConfig, *, dropout_key: jax.Array | None = None
+) -> jax.Array:
     """Returns float32 logits_BTV for int32 tokens_BT; position t sees positions <= t only.
 
     Dropout acts when `dropout_key` is given and config.dropout > 0.
@@ -74,7 +76,7 @@ def prefill(
 def decode_step(
     params: Params, tokens_B: jax.Array, positions_B: jax.Array, caches: list[KVCache], config: ModelConfig
 ) -> tuple[jax.Array, list[KVCache]]:
-    """Returns float32 logits_BV for the token after `tokens_B`, which stands at `positions_B`, and the caches with it."""
+    """Returns float32 logits_BV for what follows `tokens_B`, which stand at `positions_B`, and the caches with them."""
     model = _bind(params, config)
     hidden_BTD, caches = model.hidden_cached(tokens_B[:, None], positions_B, caches)
     return model.logits(hidden_BTD[:, 0]), caches
@@ -279,7 +281,7 @@ def _fused_linear(hidden_BTD: jax.Array, *layers: nnx.Linear) -> list[jax.Array]
     return jnp.split(hidden_BTD @ jnp.concatenate(kernels, axis=1), splits, axis=-1)
 
 
-def _attention_implementation(config: ModelConfig) -> str:
+def _attention_implementation(config: ModelConfig) -> Literal["cudnn", "xla"]:
     # cuDNN's flash attention takes 16-bit types only, and asking for it elsewhere raises.
     return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
 

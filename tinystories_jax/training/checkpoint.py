@@ -54,8 +54,8 @@ class Meta:
             tokenizer = parse_tokenizer(values["tokenizer"], where)
             if tokenizer.sha256 != values["tokenizer_sha256"]:
                 raise UserError(
-                    f"{where}: its tokenizer has SHA-256 {tokenizer.sha256}, but {values['tokenizer_sha256']} was saved; "
-                    "the checkpoint is damaged, take another one with --step"
+                    f"{where}: its tokenizer has SHA-256 {tokenizer.sha256}, but {values['tokenizer_sha256']} was "
+                    "saved; the checkpoint is damaged, take another one with --step"
                 )
             config = from_dict(values["config"])
             fingerprints = str(values["train_fingerprint"]), str(values["valid_fingerprint"])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,7 +64,7 @@ class TrainResult:
         if self.signal:
             lines[0] += f", stopped by {signal.Signals(self.signal).name} and saved; the same command goes on from here"
         elif self.stopped_early:
-            lines[0] += ", stopped early: the validation loss has not improved for eval.early_stopping_patience evaluations"
+            lines[0] += ", stopped early: no better validation loss for eval.early_stopping_patience evaluations"
         if self.best_update is not None:
             lines.append(
                 f"best checkpoint: update {self.best_update:,}, validation loss {self.best_loss:.4f} nats per token, "
@@ -208,8 +209,8 @@ def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, data: Prepared
     ):
         if saved != now:
             raise UserError(
-                f"{checkpoints.folder.parent}: the run was trained on the {split} cache {saved[:16]}, the data now gives "
-                f"{now[:16]}; give back the same stories, or another --workdir"
+                f"{checkpoints.folder.parent}: the run was trained on the {split} cache {saved[:16]}, the data "
+                f"now gives {now[:16]}; give back the same stories, or another --workdir"
             )
     print(f"resumed   after update {latest:,}", file=sys.stderr)
     return state, latest
@@ -221,7 +222,7 @@ def _evaluate(
     config: Config,
     article_mask_V: jax.Array,
     log: MetricsLog,
-    rows: list[dict[str, float]],
+    rows: list[dict[str, Any]],
     progress: ProgressLine,
 ) -> tuple[ValidationScores, bool]:
     """Adds the validation scores to the newest row; returns them and whether the loss is the best so far."""
@@ -233,9 +234,10 @@ def _evaluate(
         "valid/article_loss": scores.article_loss,
         "valid/article_recall": scores.article_recall,
     }
+    best = " (best)" if improved else ""
     progress.note(
         f"update {rows[-1]['update']}: validation loss {scores.loss:.4f}, {scores.bits_per_byte:.4f} bits per byte, "
-        f"articles: loss {scores.article_loss:.3f}, recall {scores.article_recall:.1%}" + (" (best)" if improved else "")
+        f"articles: loss {scores.article_loss:.3f}, recall {scores.article_recall:.1%}{best}"
     )
     return scores, improved
 
@@ -271,7 +273,7 @@ class _Meter:
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._pending: list[StepMetrics] = []
         self._first_update, self._update = update + 1, update
-        self._row: dict[str, float] = {}
+        self._row: dict[str, Any] = {}
         self._speed = 0.0  # tokens per second
         self.restart()
 
@@ -291,7 +293,7 @@ class _Meter:
     def is_due(self, update: int) -> bool:
         return update == self._first_update or update % self._config.logging.every == 0
 
-    def read(self, last_checkpoint: int | None) -> list[dict[str, float]]:
+    def read(self, last_checkpoint: int | None) -> list[dict[str, Any]]:
         """Waits for the device; returns one row per update since the last call, speed on the newest one."""
         per_update = self._config.train.grad_accum_steps
         values = np.array(jax.device_get(self._pending), np.float64).reshape(-1, per_update, 3)
@@ -347,7 +349,7 @@ class _Meter:
 
 def _non_finite_message(update: int, losses: np.ndarray, last_checkpoint: int | None) -> str:
     what = "loss" if not np.isfinite(losses).all() else "gradient"
-    kept = "no checkpoint was saved yet" if last_checkpoint is None else f"the last checkpoint is update {last_checkpoint}"
+    kept = "no checkpoint was saved" if last_checkpoint is None else f"the last checkpoint is update {last_checkpoint}"
     return (
         f"update {update}: the {what} is not finite; {kept}. In a new --workdir try a lower "
         "--config.optim.learning_rate, a longer --config.optim.warmup_updates, or --config.model.dtype=float32"

@@ -83,7 +83,7 @@ class MetricsLog:
                 self.evaluations[values["update"]] = values
             for key, value in values.items():
                 if self._board is not None and value is not None and key != "update":
-                    self._board.add_scalar(key, value, values["update"])
+                    self._board.add_scalar(key, value, row["update"])
         self._file.flush()
 
 

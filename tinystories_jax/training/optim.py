@@ -63,7 +63,7 @@ def _record_norm() -> optax.GradientTransformation:
         del params
         return RecordNormState(jnp.zeros((), jnp.float32))
 
-    def update(updates: optax.Updates, state: RecordNormState, params: optax.Params | None = None):
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
         del state, params
         return updates, RecordNormState(optax.tree.norm(updates))
 

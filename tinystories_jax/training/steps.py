@@ -57,7 +57,7 @@ def train_step(
     optimizer: optax.MultiSteps,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, StepMetrics]:
-    """Returns the state after one micro-batch, and its metrics; every `grad_accum_steps`-th call updates the parameters."""
+    """Returns the state after one micro-batch and its metrics; every `grad_accum_steps`-th updates the parameters."""
     dropout_key = None
     if config.model.dropout > 0:
         dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.micro_step)
@@ -75,6 +75,6 @@ def train_step(
     (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     learning_rate = schedule(state.opt_state.gradient_step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     metrics = StepMetrics(loss, opt_state.inner_opt_state[0].grad_norm, jnp.asarray(learning_rate, jnp.float32))
     return TrainState(state.micro_step + 1, params, opt_state), metrics

@@ -1,0 +1,348 @@
+"""Token caches: complete or absent, tied to their tokenizer and source, and dealt out block by block."""
+
+import dataclasses
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinystories_jax.data.cache import (
+    Manifest,
+    TokenCache,
+    batch_at,
+    cache_fingerprint,
+    eval_batches,
+    new_folder,
+    num_blocks,
+    open_cache,
+    write_cache,
+)
+from tinystories_jax.data.stories import END_OF_STORY, SeenStories, StoryReport, StorySource, iter_stories
+from tinystories_jax.data.tokenizer import StoryTokenizer, save_tokenizer, train_bpe
+from tinystories_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+REBUILD = "python scripts/prepare.py --rebuild"
+IDENTITY: dict[str, object] = {"split": "train", "files": ["0f"], "max_stories": 0}
+
+# Builds a cache in a process of its own: build(tokenizer.json, stories.txt, folder).
+PROGRAM = f"""
+import sys
+from tinystories_jax.data.cache import write_cache
+from tinystories_jax.data.stories import StorySource
+from tinystories_jax.data.tokenizer import load_tokenizer
+source = StorySource(kind="files", split="train", files=sys.argv[2])
+write_cache(source, load_tokenizer(sys.argv[1]), sys.argv[3], identity={IDENTITY!r})
+print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def story(index: int, num_sentences: int = 2) -> str:
+    return " ".join(f"The cat number {index} saw {index + 7 * n} red balls and an owl." for n in range(num_sentences))
+
+
+def write_stories(path: Path, num_stories: int, num_sentences: int = 2) -> StorySource:
+    marker = f"\n{END_OF_STORY}\n"
+    path.write_text(marker.join(story(index, num_sentences) for index in range(num_stories)) + marker)
+    return StorySource(kind="files", split="train", files=str(path))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> StoryTokenizer:
+    return train_bpe((story(index) for index in range(50)), vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> StorySource:
+    return write_stories(tmp_path_factory.mktemp("stories") / "train.txt", 1_500)
+
+
+@pytest.fixture
+def written(tmp_path, source, tokenizer) -> Manifest:
+    return write_cache(source, tokenizer, tmp_path / "cache", identity=IDENTITY)
+
+
+def open_written(folder: Path, manifest: Manifest) -> TokenCache:
+    return open_cache(folder, fingerprint=manifest.fingerprint, rebuild_command=REBUILD)
+
+
+def start_builder(tmp_path: Path, tokenizer: StoryTokenizer, source: StorySource) -> subprocess.Popen[str]:
+    arguments = [str(save_tokenizer(tokenizer, tmp_path)), source.files, str(tmp_path / "caches" / "one")]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_cache_holds_every_story_and_its_end(tmp_path, source, tokenizer, written):
+    stories = list(iter_stories(source, StoryReport(), SeenStories()))
+    expected = [token for text in stories for token in (*tokenizer.encode(text), 0)]
+    cache = open_written(tmp_path / "cache", written)
+    assert cache.tokens.dtype == np.uint16
+    assert cache.tokens.tolist() == expected
+    assert not cache.tokens.flags.writeable
+    assert cache.manifest == written
+    assert (written.num_stories, written.num_tokens) == (len(stories), len(expected))
+    assert written.num_bytes == sum(len(text.encode()) for text in stories)
+    assert written.tokenizer_sha256 == tokenizer.sha256
+    assert StoryReport(**written.report).stories == len(stories)
+    hashes = np.fromfile(tmp_path / "cache" / "story_hashes.bin", "<u8")
+    assert len(hashes) == len(stories)
+    assert (np.diff(hashes.astype(object)) > 0).all()
+
+
+def test_two_builds_give_the_same_bytes(tmp_path, source, tokenizer, written):
+    write_cache(source, tokenizer, tmp_path / "again", identity=IDENTITY)
+    for name in ("tokens.bin", "manifest.json", "story_hashes.bin"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "cache" / name).read_bytes()
+
+
+def test_large_vocabulary_takes_four_bytes(tmp_path, source, tokenizer):
+    values = json.loads(tokenizer.json)
+    vocab = values["model"]["vocab"]
+    vocab.update({f"unused{row}": row for row in range(len(vocab), 65_536)})
+    large = dataclasses.replace(
+        tokenizer, json=json.dumps(values), backend=tokenizer.backend.from_str(json.dumps(values))
+    )
+    manifest = write_cache(source, large, tmp_path / "large", identity=IDENTITY)
+    cache = open_written(tmp_path / "large", manifest)
+    assert cache.tokens.dtype == np.uint32
+    assert cache.tokens[: len(tokenizer.encode(story(0)))].tolist() == tokenizer.encode(story(0))
+
+
+def test_fingerprint_tells_tokenizer_and_every_part_of_the_source_apart():
+    changed = [{**IDENTITY, "split": "validation"}, {**IDENTITY, "max_stories": 5}, {**IDENTITY, "files": ["1f"]}]
+    fingerprints = {cache_fingerprint("aa", identity) for identity in (IDENTITY, *changed)}
+    fingerprints.add(cache_fingerprint("ab", IDENTITY))
+    assert len(fingerprints) == 5
+    assert cache_fingerprint("aa", dict(reversed(IDENTITY.items()))) == cache_fingerprint("aa", IDENTITY)
+
+
+def test_split_without_stories_is_refused_and_leaves_nothing(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    source = StorySource(kind="files", split="validation", files=str(tmp_path / "empty.txt"))
+    with pytest.raises(UserError, match="no story"):
+        write_cache(source, tokenizer, tmp_path / "caches" / "one", identity=IDENTITY)
+    assert not list((tmp_path / "caches").iterdir())
+
+
+def damage_cache(folder: Path, damage: str) -> None:
+    manifest_path, tokens_path = folder / "manifest.json", folder / "tokens.bin"
+    manifest, tokens = json.loads(manifest_path.read_text()), bytearray(tokens_path.read_bytes())
+    match damage:
+        case "list":
+            manifest = [1]
+        case "version":
+            manifest["format_version"] = 99
+        case "field missing":
+            del manifest["num_bytes"]
+        case "field of another type":
+            manifest["num_tokens"] = "many"
+        case "other tokenizer":
+            manifest["tokenizer_sha256"] = "ff"
+        case "other fingerprint":
+            manifest["fingerprint"] = cache_fingerprint("ff", IDENTITY)
+        case "truncated":
+            del tokens[-2:]
+        case "flipped":
+            tokens[1000] ^= 1
+    tokens_path.write_bytes(tokens)
+    manifest_path.write_text(json.dumps(manifest)[: -20 if damage == "corrupt manifest" else None])
+    match damage.split():
+        case ["no", "folder"]:
+            shutil.rmtree(folder)
+        case ["no", file]:
+            (folder / file).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("no manifest.json", r"manifest\.json cannot be read: No such file"),
+        ("no tokens.bin", r"tokens\.bin cannot be read: No such file"),
+        ("no story_hashes.bin", r"story_hashes\.bin cannot be read: No such file"),
+        ("no folder", "cannot be read: No such file"),
+        ("corrupt manifest", r"manifest\.json is not JSON"),
+        ("list", "format version None, expected 1"),
+        ("version", "format version 99, expected 1"),
+        ("field missing", "has fields"),
+        ("field of another type", "num_tokens='many', expected int"),
+        ("other tokenizer", "manifest is of another cache: tokenizer ff"),
+        ("other fingerprint", "has fingerprint [0-9a-f]{64}, expected [0-9a-f]{64}"),
+        ("truncated", r"tokens\.bin has [\d,]+ bytes, expected [\d,]+"),
+        ("flipped", r"tokens\.bin is damaged: checksum [0-9a-f]{32} expected, got [0-9a-f]{32}"),
+    ],
+)
+def test_damaged_cache_is_refused_by_name(tmp_path, written, damage, words):
+    folder = tmp_path / "cache"
+    damage_cache(folder, damage)
+    with pytest.raises(UserError, match=words) as caught:
+        open_written(folder, written)
+    assert str(folder) in str(caught.value)
+    assert REBUILD in str(caught.value)
+
+
+def test_replace_mends_a_damaged_cache(tmp_path, source, tokenizer, written):
+    damage_cache(tmp_path / "cache", "flipped")
+    write_cache(source, tokenizer, tmp_path / "cache", identity=IDENTITY, replace=True)
+    assert open_written(tmp_path / "cache", written).manifest == written
+    assert [item.name for item in tmp_path.iterdir()] == ["cache"]
+
+
+def test_finished_by_somebody_else_meanwhile(tmp_path):
+    folder = tmp_path / "cache"
+    with new_folder(folder) as ours:
+        (ours / "file").write_text("ours")
+        with new_folder(folder) as theirs:
+            (theirs / "file").write_text("theirs")
+    assert (folder / "file").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_folder_leaves_nothing(tmp_path, interruption):
+    def build() -> None:
+        with new_folder(tmp_path / "caches" / "one") as building:
+            (building / "file").write_text("half")
+            raise interruption
+
+    with pytest.raises(interruption):
+        build()
+    assert not list((tmp_path / "caches").iterdir())
+
+
+def wait_for_build(folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while not list(folder.glob("*/tokens.bin")) and not list(folder.glob(".*/tokens.bin")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the builder has not begun"
+        time.sleep(0.02)
+
+
+def test_interrupted_build_leaves_nothing_and_killed_one_is_cleaned_up(tmp_path, source, tokenizer):
+    large = write_stories(tmp_path / "large.txt", 20_000, num_sentences=20)
+    caches = tmp_path / "caches"
+    process = start_builder(tmp_path, tokenizer, large)
+    wait_for_build(caches, process)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert not list(caches.iterdir())
+
+    process = start_builder(tmp_path, tokenizer, large)
+    wait_for_build(caches, process)
+    process.kill()
+    process.communicate(timeout=30)
+    (left_over,) = caches.iterdir()
+    assert str(process.pid) in left_over.name
+    write_cache(source, tokenizer, caches / "one", identity=IDENTITY)
+    assert [item.name for item in caches.iterdir()] == ["one"]
+
+
+def test_concurrent_builders_end_in_one_valid_cache(tmp_path, source, tokenizer):
+    processes = [start_builder(tmp_path, tokenizer, source) for _ in range(3)]
+    for process in processes:
+        assert process.wait(timeout=60) == 0, process.communicate()[1]
+        process.communicate()
+    assert [item.name for item in (tmp_path / "caches").iterdir()] == ["one"]
+    cache = open_cache(
+        tmp_path / "caches" / "one",
+        fingerprint=cache_fingerprint(tokenizer.sha256, IDENTITY),
+        rebuild_command=REBUILD,
+    )
+    assert cache.manifest.num_stories == 1_500
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer):
+    peaks = []
+    for num_stories in (4_000, 16_000):
+        source = write_stories(tmp_path / f"{num_stories}.txt", num_stories, num_sentences=16)
+        shutil.rmtree(tmp_path / "caches", ignore_errors=True)
+        output, errors = start_builder(tmp_path, tokenizer, source).communicate(timeout=120)
+        assert output, errors
+        peaks.append(int(output) / 1024)
+    # Twelve thousand more stories are 11 MB of text, 10 MB of tokens, and 300 MB as Python lists of integers.
+    assert peaks[1] - peaks[0] < 40, peaks
+
+
+def test_full_disk_is_told_and_leaves_nothing(tmp_path, source, tokenizer):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(UserError, match=r"cannot write .*one: File too large; free space") as caught:
+            write_cache(source, tokenizer, tmp_path / "caches" / "one", identity=IDENTITY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "--config.data.cache_dir" in str(caught.value)
+    assert not list((tmp_path / "caches").iterdir())
+
+
+@pytest.mark.parametrize(("num_tokens", "blocks"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2), (101, 25)])
+def test_blocks_share_their_border_token(num_tokens, blocks):
+    assert num_blocks(num_tokens, 4) == blocks
+
+
+def deal(micro_step: int, *, seed: int = 3, batch_size: int = 4, num_tokens: int = 43) -> np.ndarray:
+    tokens = np.arange(num_tokens, dtype=np.uint16)
+    return batch_at(tokens, seed=seed, micro_step=micro_step, batch_size=batch_size, sequence_length=4)
+
+
+def test_batch_at_is_a_pure_function_of_seed_and_micro_step():
+    straight = [deal(step) for step in range(12)]
+    for step in (11, 0, 5):
+        assert np.array_equal(deal(step), straight[step])
+    assert not np.array_equal(deal(0, seed=4), straight[0])
+    assert straight[0].dtype == np.int32
+    assert straight[0].shape == (4, 5)
+
+
+def test_order_of_blocks_is_frozen():
+    # A run resumed under another version of NumPy must go on where it was.
+    assert deal(0)[:, 0].tolist() == [36, 4, 0, 32]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 10, 23])
+def test_every_block_exactly_once_per_epoch(batch_size):
+    # 10 blocks: batches of 4 and 7 straddle epochs, one of 23 holds two whole epochs.
+    rows = np.concatenate([deal(step, batch_size=batch_size) for step in range(60 // batch_size + 1)])
+    assert np.array_equal(rows, rows[:, :1] + np.arange(5))
+    epochs = rows[:60, 0].reshape(6, 10)
+    assert np.array_equal(np.sort(epochs), np.tile(np.arange(10) * 4, (6, 1)))
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 6
+
+
+def test_batch_at_reads_a_memory_map(tmp_path, written):
+    cache = open_written(tmp_path / "cache", written)
+    block = batch_at(cache.tokens, seed=0, micro_step=0, batch_size=1, sequence_length=64)[0]
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(cache.tokens), 65)[::64]
+    assert (windows == block).all(axis=1).sum() >= 1
+
+
+def test_too_few_tokens_for_a_block_are_refused():
+    with pytest.raises(UserError, match="4 tokens are less than one block of sequence_length=4"):
+        deal(0, num_tokens=4)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 11, 12, 13, 24, 100])
+def test_eval_batches_cover_every_token_once_in_order(num_tokens):
+    tokens = np.arange(1, num_tokens + 1, dtype=np.uint16)
+    batches = list(eval_batches(tokens, batch_size=3, sequence_length=4))
+    assert {(blocks.shape, weights.shape) for blocks, weights in batches} == {((3, 5), (3, 4))}
+    blocks = np.concatenate([blocks for blocks, _ in batches])
+    weights = np.concatenate([weights for _, weights in batches])
+    assert (blocks.dtype, weights.dtype) == (np.int32, np.float32)
+    counted = weights == 1
+    assert np.array_equal(blocks[:, 1:][counted], tokens)
+    # Each target stands behind the token before it in the file; the first behind an end-of-story token.
+    assert np.array_equal(blocks[:, :-1][counted], np.concatenate([[0], tokens[:-1]]))
+    assert (weights[~counted] == 0).all()
+    assert len(batches) == -(-num_tokens // 12)

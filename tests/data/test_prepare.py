@@ -1,0 +1,209 @@
+"""Preparing data: builds what is missing, reuses the rest, and mixes up nothing."""
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinystories_jax.config import Config, resolve
+from tinystories_jax.data.prepare import PreparedData, count_shared_stories, prepare_data, prepare_tokenizer
+from tinystories_jax.data.stories import END_OF_STORY
+from tinystories_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+from tinystories_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def story(index: int) -> str:
+    return f"Once upon a time there was a cat. The cat number {index} saw {index * 3} red balls, an owl and the moon."
+
+
+def write_stories(path: Path, indices: range) -> str:
+    path.write_text("".join(f"{story(index)}\n{END_OF_STORY}\n" for index in indices))
+    return str(path)
+
+
+class Workplace:
+    """A folder with two splits of stories, which share 30, and a log of what prepare_data says."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.lines: list[str] = []
+        self.overrides: dict[str, Any] = {
+            "data.source": "files",
+            "data.train_files": write_stories(folder / "train.txt", range(400)),
+            "data.valid_files": write_stories(folder / "valid.txt", range(370, 450)),
+            "data.cache_dir": str(folder / "cache"),
+            "tokenizer.vocab_size": 300,
+        }
+
+    def config(self, **overrides: Any) -> Config:
+        config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
+        changed = {name.replace("__", "."): value for name, value in overrides.items()}
+        config.update_from_flattened_dict({**self.overrides, **changed})
+        return resolve(config)
+
+    def prepare(self, *, rebuild: bool = False, **overrides: Any) -> PreparedData:
+        self.lines.clear()
+        return prepare_data(self.config(**overrides), rebuild=rebuild, show_progress=False, log=self.lines.append)
+
+    def folders(self, kind: str) -> list[Path]:
+        return sorted((self.folder / "cache" / kind).iterdir())
+
+    def said(self, words: str) -> bool:
+        return any(words in line for line in self.lines)
+
+
+@pytest.fixture
+def place(tmp_path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def test_builds_what_is_missing_then_reuses_it(place):
+    built = place.prepare()
+    assert place.said("tokenizer: trained")
+    assert place.said("train: wrote")
+    assert place.said("validation: wrote")
+    files = {path: path.stat().st_mtime_ns for path in (place.folder / "cache").glob("to*/**/*")}
+    assert len(files) == 3 + 2 * 4
+
+    start = time.perf_counter()
+    reused = place.prepare()
+    assert time.perf_counter() - start < 1
+    assert place.said("tokenizer: reusing")
+    assert place.said("train: reusing")
+    assert place.said("validation: reusing")
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert reused.tokenizer == built.tokenizer
+    assert reused.report == built.report
+    assert built.report in place.lines
+    assert np.array_equal(reused.train.tokens, built.train.tokens)
+
+
+def test_splits_are_what_the_config_names(place):
+    data = place.prepare()
+    assert (data.train.manifest.num_stories, data.valid.manifest.num_stories) == (400, 80)
+    assert data.tokenizer.decode(data.valid.tokens).split(END_OF_STORY)[0] == story(370)
+    assert data.train.manifest.tokenizer_sha256 == data.tokenizer.sha256
+
+
+def test_shared_stories_are_counted_and_reported(place, monkeypatch):
+    data = place.prepare()
+    assert count_shared_stories(data.train, data.valid) == count_shared_stories(data.valid, data.train) == 30
+    assert count_shared_stories(data.train, data.train) == 400
+    assert "30" in data.report
+    # In many small pieces as in one.
+    monkeypatch.setattr("tinystories_jax.data.prepare._HASHES_PER_CHUNK", 7)
+    assert count_shared_stories(data.train, data.valid) == 30
+    assert count_shared_stories(data.valid, data.valid) == 80
+
+
+def test_max_stories_limits_the_training_split_alone(place):
+    whole = place.prepare()
+    limited = place.prepare(data__max_stories=20)
+    assert limited.train.manifest.num_stories == 20
+    assert limited.valid.manifest.num_stories == 80
+    assert limited.train.folder != whole.train.folder
+
+
+def test_another_tokenizer_gets_its_own_caches(place):
+    one, other = place.prepare(), place.prepare(tokenizer__vocab_size=280)
+    assert one.tokenizer != other.tokenizer
+    assert {one.train.folder, one.valid.folder}.isdisjoint({other.train.folder, other.valid.folder})
+    assert len(place.folders("tokenizers")) == 2
+    assert len(place.folders("tokens")) == 4
+    assert place.prepare().train.folder == one.train.folder
+
+
+def test_changed_stories_are_noticed(place):
+    before = place.prepare()
+    write_stories(place.folder / "train.txt", range(1, 401))
+    after = place.prepare()
+    assert after.train.folder != before.train.folder
+    assert after.valid.manifest.num_stories == before.valid.manifest.num_stories
+
+
+def test_rebuild_replaces_everything_with_the_same(place):
+    before = place.prepare()
+    (before.train.folder / "tokens.bin").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"tokens\.bin has 7 bytes.*scripts/prepare\.py .*--rebuild"):
+        place.prepare()
+    after = place.prepare(rebuild=True)
+    assert place.said("tokenizer: trained")
+    assert place.said("validation: wrote")
+    assert after.train.manifest == before.train.manifest
+    assert len(place.folders("tokens")) == 2
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "meta.json"])
+def test_damaged_stored_tokenizer_is_refused(place, file):
+    place.prepare()
+    (folder,) = place.folders("tokenizers")
+    (folder / file).write_text("{")
+    with pytest.raises(UserError, match=r"stored tokenizer .* is damaged .*--rebuild"):
+        place.prepare()
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=r"stored tokenizer .* is damaged .*--rebuild"):
+        place.prepare()
+
+
+def test_foreign_stored_tokenizer_is_refused(place):
+    place.prepare()
+    (folder,) = place.folders("tokenizers")
+    save_tokenizer(train_bpe([story(0)], vocab_size=270), folder)
+    with pytest.raises(UserError, match=r"SHA-256 of tokenizer\.json [0-9a-f]{64}, expected [0-9a-f]{64}"):
+        place.prepare()
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": "ff"}))
+    with pytest.raises(UserError, match="has fingerprint ff, expected"):
+        place.prepare()
+
+
+def test_given_tokenizer_is_used_as_it_is(place):
+    path = save_tokenizer(train_bpe([story(0), "Other text."], vocab_size=270), place.folder / "given")
+    data = place.prepare(tokenizer__path=str(path))
+    assert data.tokenizer == load_tokenizer(path)
+    assert place.said("holds only 270 of the 300 tokens asked")
+    assert not (place.folder / "cache" / "tokenizers").exists()
+    with pytest.raises(
+        UserError, match=r"has 270 tokens, more than tokenizer\.vocab_size=260; give --config"
+    ) as caught:
+        place.prepare(tokenizer__path=str(path), tokenizer__vocab_size=260)
+    assert str(path) in str(caught.value)
+
+
+def test_tokenizer_of_other_text(place):
+    (place.folder / "other.txt").write_text("Der Hund und die Katze sehen den Mond.\n" * 3)
+    config = place.config(tokenizer__source="files", tokenizer__train_files=str(place.folder / "other.txt"))
+    other = prepare_tokenizer(config.data, config.tokenizer, show_progress=False, log=place.lines.append)
+    assert place.said("the corpus fills only")
+    assert other.token_id(" Hund") is not None
+    assert other.token_id(" cat") is None
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_split_without_stories_is_refused(place, split):
+    (place.folder / f"{split}.txt").write_text("\n")
+    with pytest.raises(UserError, match="no story"):
+        place.prepare()
+
+
+def test_bundled_sample_needs_no_files(place):
+    data = place.prepare(data__source="sample", data__max_stories=200)
+    assert data.train.manifest.num_stories == 200
+    assert data.valid.manifest.num_stories > 0
+    assert data.tokenizer.vocab_size == 300
+
+
+def test_data_is_prepared_without_jax():
+    program = (
+        "import sys, tinystories_jax.data.prepare; print(*({'jax', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""

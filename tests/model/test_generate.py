@@ -1,0 +1,156 @@
+"""The decode loop against the full forward, and its filters against plain NumPy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.model.test_transformer import CONFIG
+from tinystories_jax.errors import UserError
+from tinystories_jax.model import generate as generate_module
+from tinystories_jax.model.generate import Sampling, generate, generate_chunks
+from tinystories_jax.model.transformer import forward, init_params
+
+PROMPTS = [[0, 5, 9, 33], [0], [0, 7, 7, 7, 7, 7, 7, 7, 7]]
+FORWARD = jax.jit(forward, static_argnames="config")
+LIMITS = {"end_token": 0, "context_length": 48, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger than at initialisation, so that the distribution is far from flat.
+    return jax.tree.map(lambda leaf: leaf * 6, init_params(CONFIG, jax.random.key(4)))
+
+
+def write(params, prompts=PROMPTS, *, seed=0, **changes):
+    sampling = Sampling(**{name: changes.pop(name) for name in list(changes) if name not in LIMITS})
+    return generate(params, prompts, CONFIG, sampling, key=jax.random.key(seed), **(LIMITS | changes))
+
+
+def greedy_by_full_forward(params, prompt, num_new):
+    tokens = list(prompt)
+    for _ in range(num_new):
+        # Padded to one length, for one compilation; causality keeps the padding out of the logits that are read.
+        padded = jnp.array([tokens + [0] * (LIMITS["context_length"] - len(tokens))])
+        tokens.append(int(FORWARD(params, padded, CONFIG)[0, len(tokens) - 1].argmax()))
+        if tokens[-1] == LIMITS["end_token"]:
+            break
+    return tokens
+
+
+def test_greedy_equals_repeated_full_forwards_for_unequal_prompts(params):
+    assert write(params, temperature=0.0) == [greedy_by_full_forward(params, prompt, 12) for prompt in PROMPTS]
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch(params):
+    together = write(params, temperature=1.0)
+    alone = [
+        list(
+            generate_chunks(
+                params, [prompt], CONFIG, Sampling(), key=jax.random.key(0), chunk_size=12, first_row=row, **LIMITS
+            )
+        )[-1][0]
+        for row, prompt in enumerate(PROMPTS)
+    ]
+    assert together == alone
+
+
+def test_seed_decides_the_draw(params):
+    assert write(params, seed=1) == write(params, seed=1)
+    assert write(params, seed=1) != write(params, seed=2)
+
+
+def test_chunks_grow_to_the_same_texts(params):
+    chunks = list(generate_chunks(params, PROMPTS, CONFIG, Sampling(), key=jax.random.key(3), chunk_size=5, **LIMITS))
+    assert chunks[-1] == write(params, seed=3)
+    for earlier, later in itertools.pairwise(chunks):
+        assert all(after[: len(before)] == before for before, after in zip(earlier, later, strict=True))
+
+
+def test_rows_stop_after_the_end_token(params):
+    # With one token left to draw from, every row is the token that greedy decoding picks; take it as the end token.
+    first = greedy_by_full_forward(params, PROMPTS[0], 3)
+    texts = write(params, [PROMPTS[0]], temperature=0.0, end_token=first[len(PROMPTS[0])])
+    assert texts == [first[: len(PROMPTS[0]) + 1]]
+
+
+def test_the_context_is_never_exceeded(params):
+    texts = write(params, [[0] * 40, [0, 1]], max_new_tokens=1000, end_token=96, temperature=0.0)
+    assert [len(text) for text in texts] == [48, 48]
+
+
+def test_top_k_one_is_greedy(params):
+    assert write(params, top_k=1, temperature=2.0) == write(params, temperature=0.0)
+
+
+def allowed_tokens(logits, **changes):
+    """Returns the share of 4,000 draws that fall on each token."""
+    logits_BV = jnp.broadcast_to(jnp.array(logits, jnp.float32), (4000, len(logits)))
+    options = {"temperature": 1.0, "top_k": len(logits), "top_p": 1.0, "repetition_penalty": 1.0} | changes
+    draw = generate_module._Draw(**{name: jnp.asarray(value) for name, value in options.items()})
+    keys_B = jax.random.split(jax.random.key(0), 4000)
+    filters = generate_module._Filters(greedy=False, truncate=True, penalize=False)
+    drawn_B = generate_module._sample(logits_BV, None, keys_B, draw, filters)  # type: ignore[arg-type]
+    return np.bincount(drawn_B, minlength=len(logits)) / 4000
+
+
+def test_top_k_and_top_p_keep_just_the_likeliest():
+    logits = np.log([0.1, 0.5, 0.15, 0.25])
+    np.testing.assert_allclose(allowed_tokens(logits), [0.1, 0.5, 0.15, 0.25], atol=0.03)
+    np.testing.assert_allclose(allowed_tokens(logits, top_k=2), [0, 2 / 3, 0, 1 / 3], atol=0.03)
+    np.testing.assert_allclose(allowed_tokens(logits, top_p=0.6), [0, 2 / 3, 0, 1 / 3], atol=0.03)
+    np.testing.assert_allclose(allowed_tokens(logits, top_p=0.5), [0, 1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(allowed_tokens(logits, top_k=3, top_p=0.8), [0, 2 / 3, 0, 1 / 3], atol=0.03)
+    sharpened = np.array([0.1, 0.5, 0.15, 0.25]) ** 2
+    np.testing.assert_allclose(allowed_tokens(logits, temperature=0.5), sharpened / sharpened.sum(), atol=0.03)
+
+
+def test_ties_do_not_let_more_than_k_tokens_in():
+    assert (allowed_tokens([1.0, 1.0, 1.0, 0.0], top_k=2) > 0).sum() == 2
+
+
+def test_repetition_penalty_changes_what_is_written(params):
+    plain, penalized = (write(params, temperature=0.0, repetition_penalty=penalty) for penalty in (1.0, 10.0))
+    assert plain != penalized
+
+
+def test_repetition_penalty_falls_on_the_tokens_of_the_text_only():
+    state = generate_module.DecodeState(
+        jnp.array([[2, 3, 1]]), jnp.array([2]), jnp.array([False]), jnp.int32(0), caches=[]
+    )
+    penalized_BV = generate_module._penalize(jnp.array([[1.0, 1.0, 4.0, -4.0]]), state, jnp.float32(2.0))
+    # Token 1 stands beyond the text's length: padding is not seen.
+    np.testing.assert_allclose(penalized_BV, [[1.0, 1.0, 2.0, -8.0]])
+
+
+def test_prompt_lengths_and_sampling_values_compile_a_handful_of_programs(params):
+    jax.clear_caches()
+    for length in range(1, 40):
+        write(params, [[1] * length], max_new_tokens=4, temperature=0.5 + length / 100, top_k=length, seed=length)
+    # Prompt buckets 32 and 48 (the context), each with the cache lengths 32 and 48 that can follow.
+    assert generate_module._start._cache_size() <= 3
+    assert generate_module._decode_until._cache_size() <= 2
+
+
+def test_what_cannot_be_generated_is_refused(params):
+    with pytest.raises(UserError, match=r"prompt 2 has 48 tokens.*context of 48"):
+        write(params, [[0], [0] * 48])
+    with pytest.raises(UserError, match="prompt 1 has 0 tokens"):
+        write(params, [[]])
+    with pytest.raises(UserError, match="no prompt"):
+        write(params, [])
+    with pytest.raises(UserError, match="max_new_tokens=0"):
+        write(params, max_new_tokens=0)
+
+
+def test_sampling_reports_all_bad_values_at_once():
+    with pytest.raises(UserError) as caught:
+        Sampling(temperature=-1, top_k=-2, top_p=0, repetition_penalty=float("nan"))
+    assert [problem.split("=")[0] for problem in caught.value.problems] == [
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+    ]

@@ -1,0 +1,172 @@
+"""The decoder against its definition: causality, cached decoding, dtypes, counts, and Hugging Face's Llama."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinystories_jax.config import ModelConfig
+from tinystories_jax.model.transformer import decode_step, forward, init_kv_cache, init_params, num_params, prefill
+
+CONFIG = ModelConfig(
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    d_ff=48,
+    rope_theta=10_000.0,
+    tie_embeddings=True,
+    dropout=0.0,
+    dtype="float32",
+    remat=False,
+    head_dim=8,
+    vocab_size=97,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tokens_BT():
+    return jax.random.randint(jax.random.key(1), (3, 20), 0, CONFIG.vocab_size)
+
+
+def llama_in_numpy(params, tokens_BT, config):
+    """Llama's forward pass in float64, written from its definition and independent of the code under test."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    batch, length = tokens_BT.shape
+    half = config.head_dim // 2
+
+    def norm(x, layer):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * layer["scale"]
+
+    def rotate(x_BTHK):
+        angles = np.arange(length)[:, None] / config.rope_theta ** (np.arange(half) / half)
+        turn = np.exp(1j * angles)[None, :, None]
+        turned = (x_BTHK[..., :half] + 1j * x_BTHK[..., half:]) * turn
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    x = params["embed_tokens"]["embedding"][np.asarray(tokens_BT)]
+    for layer in params["layers"].values():
+        attention, mlp = layer["self_attn"], layer["mlp"]
+        h = norm(x, layer["input_layernorm"])
+        q, k, v = (
+            (h @ attention[f"{name}_proj"]["kernel"]).reshape(batch, length, -1, config.head_dim) for name in "qkv"
+        )
+        k, v = (np.repeat(a, config.num_heads // config.num_kv_heads, axis=2) for a in (rotate(k), v))
+        scores = np.einsum("BTHK,BSHK->BHTS", rotate(q), k) / np.sqrt(config.head_dim)
+        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed = np.einsum("BHTS,BSHK->BTHK", weights, v).reshape(batch, length, -1)
+        x = x + mixed @ attention["o_proj"]["kernel"]
+        h = norm(x, layer["post_attention_layernorm"])
+        gate = h @ mlp["gate_proj"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ mlp["up_proj"]["kernel"])) @ mlp["down_proj"]["kernel"]
+    output_VD = params["embed_tokens"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"].T
+    return norm(x, params["norm"]) @ output_VD.T
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_the_forward_pass_is_llamas(tie_embeddings, tokens_BT):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings)
+    # Scaled up and off one: at initialisation attention is nearly flat and norm scales are all 1.
+    params = jax.tree.map(lambda leaf: leaf * 5 + 0.1, init_params(config, jax.random.key(7)))
+    np.testing.assert_allclose(
+        forward(params, tokens_BT, config), llama_in_numpy(params, tokens_BT, config), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_future_token_leaves_past_logits_bit_identical(params, tokens_BT):
+    changed_BT = tokens_BT.at[:, 11].set((tokens_BT[:, 11] + 1) % CONFIG.vocab_size)
+    logits_BTV, changed_BTV = forward(params, tokens_BT, CONFIG), forward(params, changed_BT, CONFIG)
+    np.testing.assert_array_equal(logits_BTV[:, :11], changed_BTV[:, :11])
+    assert not np.allclose(logits_BTV[:, 11:], changed_BTV[:, 11:])
+
+
+def test_the_past_reaches_every_later_logit(params, tokens_BT):
+    changed_BT = tokens_BT.at[:, 0].set((tokens_BT[:, 0] + 1) % CONFIG.vocab_size)
+    difference_BTV = forward(params, tokens_BT, CONFIG) - forward(params, changed_BT, CONFIG)
+    assert (jnp.abs(difference_BTV).max(axis=-1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes(dtype, tokens_BT):
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    params = init_params(config, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert forward(params, tokens_BT, config).dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(init_kv_cache(config, 1, 4))} == {jnp.dtype(dtype)}
+
+
+def test_bfloat16_stays_near_float32(params, tokens_BT):
+    logits_BTV = forward(params, tokens_BT, CONFIG)
+    rounded_BTV = forward(params, tokens_BT, dataclasses.replace(CONFIG, dtype="bfloat16"))
+    # bf16 keeps 8 significant bits; these logits are of order 0.1.
+    assert 0 < float(jnp.abs(logits_BTV - rounded_BTV).max()) < 0.02
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddings, num_kv_heads, tokens_BT):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings, num_kv_heads=num_kv_heads)
+    params = init_params(config, jax.random.key(2))
+    full_BTV = forward(params, tokens_BT, config)
+    rows, lengths_B = jnp.arange(3), jnp.array([1, 12, 7])
+    logits_BV, caches = prefill(params, tokens_BT[:, :12], lengths_B, config, cache_length=20)
+    np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B - 1], atol=2e-6)
+    for positions_B in (lengths_B + step for step in range(8)):
+        logits_BV, caches = decode_step(params, tokens_BT[rows, positions_B], positions_B, caches, config)
+        np.testing.assert_allclose(logits_BV, full_BTV[rows, positions_B], atol=2e-6)
+
+
+def test_decoding_from_an_empty_cache_equals_the_full_forward(params, tokens_BT):
+    caches = init_kv_cache(CONFIG, 3, 20)
+    full_BTV = forward(params, tokens_BT, CONFIG)
+    for position in range(4):
+        positions_B = jnp.full(3, position)
+        logits_BV, caches = decode_step(params, tokens_BT[:, position], positions_B, caches, CONFIG)
+        np.testing.assert_allclose(logits_BV, full_BTV[:, position], atol=2e-6)
+
+
+def test_remat_changes_neither_loss_nor_gradient(params, tokens_BT):
+    def gradient(remat):
+        config = dataclasses.replace(CONFIG, remat=remat, dropout=0.2)
+        return jax.grad(lambda p: forward(p, tokens_BT, config, dropout_key=jax.random.key(3)).var())(params)
+
+    for plain, recomputed in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
+        np.testing.assert_allclose(plain, recomputed, atol=1e-7)
+
+
+def test_dropout_acts_only_with_a_key_and_depends_on_it(params, tokens_BT):
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    plain_BTV = forward(params, tokens_BT, config)
+    np.testing.assert_array_equal(plain_BTV, forward(params, tokens_BT, CONFIG))
+    one_BTV = forward(params, tokens_BT, config, dropout_key=jax.random.key(1))
+    np.testing.assert_array_equal(one_BTV, forward(params, tokens_BT, config, dropout_key=jax.random.key(1)))
+    assert not np.allclose(one_BTV, plain_BTV)
+    assert not np.allclose(one_BTV, forward(params, tokens_BT, config, dropout_key=jax.random.key(2)))
+
+
+def test_initial_parameters_depend_on_the_key_alone():
+    one, same, other = (init_params(CONFIG, jax.random.key(seed)) for seed in (5, 5, 6))
+    assert all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(same)))
+    assert not np.array_equal(one["embed_tokens"]["embedding"], other["embed_tokens"]["embedding"])
+
+
+def test_num_params_counts_what_is_made(params):
+    assert num_params(CONFIG) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    untied = dataclasses.replace(CONFIG, tie_embeddings=False)
+    assert num_params(untied) == num_params(CONFIG) + CONFIG.vocab_size * CONFIG.d_model
+
+
+def test_a_second_forward_of_the_same_shape_compiles_nothing(params, tokens_BT):
+    step = jax.jit(forward, static_argnames="config")
+    step(params, tokens_BT, CONFIG)
+    step(params, tokens_BT + 0, dataclasses.replace(CONFIG))
+    assert step._cache_size() == 1

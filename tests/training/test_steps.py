@@ -1,0 +1,161 @@
+"""train_step: shift, accumulation, article weight, dropout, determinism, overfitting, compilations."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import make_tiny_config
+from tinystories_jax.config import Config
+from tinystories_jax.model.transformer import forward
+from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.steps import init_state, make_train_step
+
+NO_ARTICLES_V = jnp.zeros(61, bool)
+
+
+@pytest.fixture(name="tiny_config")
+def make_config() -> Config:
+    return make_tiny_config()
+
+
+def change(config, section, **values):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def lengthen(config, total_updates):
+    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, total_updates=total_updates))
+
+
+def start(config):
+    optimizer = make_optimizer(config)
+    step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
+    return init_state(config, optimizer), step
+
+
+def run(config, blocks, article_mask_V=NO_ARTICLES_V):
+    state, step = start(config)
+    metrics = []
+    for block in blocks:
+        state, step_metrics = step(state, block, article_mask_V)
+        metrics.append(step_metrics)
+    return state, metrics
+
+
+def random_blocks(count, batch_size=4, seed=0):
+    return np.random.RandomState(seed).randint(1, 61, (count, batch_size, 17)).astype(np.int32)
+
+
+def assert_trees_equal(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_loss_at_initialisation_is_about_ln_v(tiny_config):
+    _, (metrics,) = run(tiny_config, random_blocks(1))
+    assert float(metrics.loss) == pytest.approx(math.log(61), rel=0.02)
+
+
+def test_position_t_learns_to_predict_token_t_plus_1(tiny_config):
+    """On a cycle every offset is learnable; which one was learned shows where the labels stood."""
+    config = lengthen(change(tiny_config, "train", grad_accum_steps=1), 100)
+    cycle = np.arange(10_000) % 60 + 1
+    blocks = [
+        np.stack([cycle[start : start + 17] for start in starts]).astype(np.int32)
+        for starts in np.random.RandomState(0).randint(0, 9_000, (20, 4))
+    ]
+    state, metrics = run(config, blocks * 5)
+    assert float(metrics[-1].loss) < 1.5
+    predicted_BT = forward(state.params, jnp.asarray(blocks[0][:, :-1]), config.model).argmax(-1)
+    offsets = (np.asarray(predicted_BT) - blocks[0][:, :-1]) % 60
+    assert np.bincount(offsets.ravel(), minlength=60).argmax() == 1
+
+
+def test_micro_batches_update_like_one_large_batch(tiny_config):
+    large = change(tiny_config, "train", grad_accum_steps=1)
+    small = change(tiny_config, "train", grad_accum_steps=4)
+    blocks = random_blocks(2, batch_size=8)
+    pieces = blocks.reshape(8, 2, 17)
+    state_large, metrics = run(large, blocks)
+    state_small, pieces_metrics = run(small, pieces)
+    assert int(state_small.opt_state.gradient_step) == int(state_large.opt_state.gradient_step) == 2
+    for a, b in zip(jax.tree.leaves(state_large.params), jax.tree.leaves(state_small.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    np.testing.assert_allclose(metrics[0].loss, np.mean([m.loss for m in pieces_metrics[:4]]), rtol=1e-6)
+    np.testing.assert_allclose(metrics[1].grad_norm, pieces_metrics[7].grad_norm, rtol=1e-4)
+
+
+def test_parameters_change_only_when_the_update_is_complete(tiny_config):
+    state, step = start(tiny_config)
+    before = jax.device_get(state.params)
+    blocks = random_blocks(2)
+    state, _ = step(state, blocks[0], NO_ARTICLES_V)
+    assert_trees_equal(before, state.params)
+    assert (int(state.micro_step), int(state.opt_state.gradient_step)) == (1, 0)
+    state, _ = step(state, blocks[1], NO_ARTICLES_V)
+    assert not np.array_equal(before["norm"]["scale"], state.params["norm"]["scale"])
+    assert (int(state.micro_step), int(state.opt_state.gradient_step)) == (2, 1)
+
+
+def test_the_learning_rate_follows_the_count_of_updates(tiny_config):
+    _, metrics = run(tiny_config, random_blocks(8))
+    peak = tiny_config.optim.learning_rate
+    np.testing.assert_allclose([m.learning_rate for m in metrics[1::2]], peak * np.arange(1, 5) / 4, rtol=1e-5)
+
+
+def test_one_batch_overfits(tiny_config):
+    config = change(change(tiny_config, "train", grad_accum_steps=1), "optim", warmup_updates=0)
+    config = lengthen(config, 300)
+    _, metrics = run(config, list(random_blocks(1)) * 300)
+    assert float(metrics[-1].loss) < 0.05
+
+
+def test_the_article_weight_moves_parameters_but_not_the_reported_loss(tiny_config):
+    blocks = random_blocks(2)
+    article_mask_V = NO_ARTICLES_V.at[:20].set(True)
+    weighted = change(tiny_config, "train", article_loss_weight=10.0)
+    state, metrics = run(tiny_config, blocks, article_mask_V)
+    weighted_state, weighted_metrics = run(weighted, blocks, article_mask_V)
+    assert float(metrics[0].loss) == float(weighted_metrics[0].loss)
+    assert not np.allclose(state.params["norm"]["scale"], weighted_state.params["norm"]["scale"], atol=1e-7)
+    none_state, _ = run(weighted, blocks)
+    assert_trees_equal(state.params, none_state.params)
+
+
+def test_dropout_is_a_function_of_seed_and_micro_step(tiny_config):
+    config = change(tiny_config, "model", dropout=0.3)
+    blocks = random_blocks(2)
+    state, metrics = run(config, blocks)
+    again, _ = run(config, blocks)
+    assert_trees_equal(state, again)
+    _, plain = run(tiny_config, blocks)
+    assert float(metrics[0].loss) != float(plain[0].loss)
+    # Same parameters and block at another micro-step (the update is not complete yet): another mask.
+    _, repeated = run(config, [blocks[0], blocks[0]])
+    assert float(repeated[0].loss) != float(repeated[1].loss)
+
+
+def test_state_is_float32_and_bfloat16_runs_near_it(tiny_config):
+    rounded = change(tiny_config, "model", dtype="bfloat16")
+    blocks = random_blocks(2)
+    state, metrics = run(rounded, blocks)
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+    _, exact = run(tiny_config, blocks)
+    assert float(metrics[0].loss) == pytest.approx(float(exact[0].loss), abs=0.01)
+
+
+def test_nothing_compiles_twice(tiny_config):
+    state, step = start(tiny_config)
+    for block in random_blocks(5):
+        state, _ = step(state, block, NO_ARTICLES_V)
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def test_the_old_state_is_donated(tiny_config):
+    state, step = start(tiny_config)
+    step(state, random_blocks(1)[0], NO_ARTICLES_V)
+    assert state.params["norm"]["scale"].is_deleted()

@@ -1,0 +1,255 @@
+"""From a config to a tokenizer and two verified token caches: builds what is missing and reuses the rest.
+
+This is the whole way of the data in one call: iter_stories -> train_bpe -> write_cache -> open_cache.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinystories_jax.config import Config, DataConfig, TokenizerConfig
+from tinystories_jax.data.cache import (
+    HASHES_FILE,
+    TokenCache,
+    cache_fingerprint,
+    fingerprint_of,
+    new_folder,
+    open_cache,
+    write_cache,
+)
+from tinystories_jax.data.stories import (
+    SeenStories,
+    StoryReport,
+    StorySource,
+    format_report,
+    iter_stories,
+    source_identity,
+)
+from tinystories_jax.data.tokenizer import (
+    TOKENIZER_FILE,
+    StoryTokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
+from tinystories_jax.errors import UserError
+
+REBUILD_COMMAND = "python scripts/prepare.py --config CONFIG [the same --config.* flags] --rebuild"
+_TRAINER_VERSION = 1  # raise it when train_bpe gives another vocabulary for the same stories
+_META_FILE = "meta.json"
+_HASHES_PER_CHUNK = 1_000_000
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A tokenizer, the caches of both splits, and the one-screen report on their stories."""
+
+    tokenizer: StoryTokenizer
+    train: TokenCache
+    valid: TokenCache
+    report: str
+
+
+def log_to_stderr(line: str) -> None:
+    """Writes one line at once, clear of stdout, which belongs to results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def prepare_data(
+    config: Config, *, rebuild: bool = False, show_progress: bool = True, log: Callable[[str], None] = log_to_stderr
+) -> PreparedData:
+    """Returns tokenizer and token caches of `config`, built where missing (all of them with `rebuild`).
+
+    Raises `UserError` for sources, tokenizers and caches that cannot be used, and for a split without stories.
+    """
+    tokenizer = prepare_tokenizer(config.data, config.tokenizer, rebuild=rebuild, show_progress=show_progress, log=log)
+    caches = [
+        _prepare_cache(source, tokenizer, config.data, rebuild=rebuild, show_progress=show_progress, log=log)
+        for source in (train_source(config.data), valid_source(config.data))
+    ]
+    train, valid = caches
+    reports = {
+        "train": StoryReport(**train.manifest.report),
+        "validation": StoryReport(**valid.manifest.report),
+    }
+    report = format_report(reports, count_shared_stories(train, valid))
+    log(report)
+    return PreparedData(tokenizer=tokenizer, train=train, valid=valid, report=report)
+
+
+def train_source(data: DataConfig) -> StorySource:
+    """Returns the training split that `data` names; max_stories limits this split alone."""
+    return StorySource(
+        kind=data.source,
+        split="train",
+        files=data.train_files,
+        hub_name=data.hub_name,
+        hub_revision=data.hub_revision,
+        max_stories=data.max_stories,
+    )
+
+
+def valid_source(data: DataConfig) -> StorySource:
+    """Returns the validation split that `data` names, whole."""
+    return StorySource(
+        kind=data.source,
+        split="validation",
+        files=data.valid_files,
+        hub_name=data.hub_name,
+        hub_revision=data.hub_revision,
+    )
+
+
+def tokenizer_source(data: DataConfig, tokenizer: TokenizerConfig) -> StorySource:
+    """Returns what a tokenizer is trained on: the training split, or other text from the Hub or files."""
+    if tokenizer.source == "stories":
+        return train_source(data)
+    return StorySource(
+        kind=tokenizer.source,
+        split="train",
+        files=tokenizer.train_files,
+        hub_name=tokenizer.hub_name,
+        hub_subset=tokenizer.hub_subset,
+        hub_revision=tokenizer.hub_revision,
+    )
+
+
+def prepare_tokenizer(
+    data: DataConfig,
+    config: TokenizerConfig,
+    *,
+    rebuild: bool = False,
+    show_progress: bool = True,
+    log: Callable[[str], None] = log_to_stderr,
+) -> StoryTokenizer:
+    """Returns the tokenizer of `config`: loaded from tokenizer.path, or trained once and kept in data.cache_dir.
+
+    Raises `UserError` when it is unusable or has more than tokenizer.vocab_size tokens.
+    """
+    if config.path:
+        tokenizer = load_tokenizer(config.path)
+        log(f"tokenizer: loaded {config.path} ({tokenizer.vocab_size:,} tokens)")
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"tokenizer.path={config.path} has {tokenizer.vocab_size:,} tokens, more than "
+                f"tokenizer.vocab_size={config.vocab_size:,}; give --config.tokenizer.vocab_size={tokenizer.vocab_size}"
+            )
+    else:
+        tokenizer = _trained_tokenizer(data, config, rebuild=rebuild, show_progress=show_progress, log=log)
+    if tokenizer.vocab_size < config.vocab_size:
+        log(
+            f"tokenizer: {'holds' if config.path else 'the corpus fills'} only {tokenizer.vocab_size:,} of the "
+            f"{config.vocab_size:,} tokens asked; the model gets {tokenizer.vocab_size:,} rows"
+        )
+    return tokenizer
+
+
+def _trained_tokenizer(
+    data: DataConfig, config: TokenizerConfig, *, rebuild: bool, show_progress: bool, log: Callable[[str], None]
+) -> StoryTokenizer:
+    source = tokenizer_source(data, config)
+    trained_on: dict[str, object] = {
+        "source": source_identity(source, _memo_path(data)),
+        "vocab_size": config.vocab_size,
+        "max_samples": config.max_samples,
+        "trainer": _TRAINER_VERSION,
+    }
+    fingerprint = fingerprint_of(trained_on)
+    folder = Path(data.cache_dir) / "tokenizers" / fingerprint[:16]
+    if rebuild or not folder.exists():
+        samples = f"up to {config.max_samples:,}" if config.max_samples else "all"
+        log(f"tokenizer: training {config.vocab_size:,} tokens on {samples} stories of {_name_of(source)}")
+        stories = iter_stories(source, StoryReport(), SeenStories())
+        trained = train_bpe(
+            stories,
+            vocab_size=config.vocab_size,
+            max_samples=config.max_samples,
+            show_progress=show_progress and sys.stderr.isatty(),
+        )
+        with new_folder(folder, replace=rebuild) as building:
+            save_tokenizer(trained, building)
+            meta = {**trained_on, "fingerprint": fingerprint, "tokenizer_sha256": trained.sha256}
+            (building / _META_FILE).write_text(json.dumps(meta, indent=1))
+        log(f"tokenizer: trained {folder} ({trained.vocab_size:,} tokens)")
+    else:
+        log(f"tokenizer: reusing {folder}")
+    # Read back even when just trained: the one on the disk is the one that every later run gets.
+    return _open_tokenizer(folder, fingerprint)
+
+
+def _open_tokenizer(folder: Path, fingerprint: str) -> StoryTokenizer:
+    try:
+        meta = json.loads((folder / _META_FILE).read_bytes())
+        found = (meta["fingerprint"], meta["tokenizer_sha256"])
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"stored tokenizer {folder} is damaged ({error}); rebuild it with: {REBUILD_COMMAND}"
+        ) from error
+    expected = (fingerprint, tokenizer.sha256)
+    for name, got, wanted in zip(("fingerprint", "SHA-256 of " + TOKENIZER_FILE), found, expected, strict=True):
+        if got != wanted:
+            raise UserError(
+                f"stored tokenizer {folder}: {_META_FILE} has {name} {got}, expected {wanted}; "
+                f"rebuild it with: {REBUILD_COMMAND}"
+            )
+    return tokenizer
+
+
+def _prepare_cache(
+    source: StorySource,
+    tokenizer: StoryTokenizer,
+    data: DataConfig,
+    *,
+    rebuild: bool,
+    show_progress: bool,
+    log: Callable[[str], None],
+) -> TokenCache:
+    # The identity of files is their content alone; a cache also belongs to one split.
+    identity = {"split": source.split, **source_identity(source, _memo_path(data))}
+    fingerprint = cache_fingerprint(tokenizer.sha256, identity)
+    folder = Path(data.cache_dir) / "tokens" / f"{source.split}-{fingerprint[:16]}"
+    reused = folder.exists() and not rebuild
+    if not reused:
+        log(f"{source.split}: encoding the stories of {_name_of(source)}")
+        write_cache(source, tokenizer, folder, identity=identity, show_progress=show_progress, replace=rebuild)
+    cache = open_cache(folder, fingerprint=fingerprint, rebuild_command=REBUILD_COMMAND)
+    counts = f"{cache.manifest.num_stories:,} stories, {cache.manifest.num_tokens:,} tokens"
+    log(f"{source.split}: {'reusing' if reused else 'wrote'} {folder} ({counts})")
+    return cache
+
+
+def _memo_path(data: DataConfig) -> Path:
+    return Path(data.cache_dir) / "source_hashes.json"
+
+
+def _name_of(source: StorySource) -> str:
+    named = {"hub": f"{source.hub_name} ({source.split})", "files": source.files}
+    return named.get(source.kind, f"the bundled {source.kind} ({source.split})")
+
+
+def count_shared_stories(one: TokenCache, other: TokenCache) -> int:
+    """Returns how many stories stand in both caches, by hash, in memory that does not grow with either."""
+    smaller, larger = sorted((_hashes(one), _hashes(other)), key=len)
+    return sum(
+        int(np.intersect1d(part, _between(smaller, part[0], part[-1]), assume_unique=True).size)
+        for part in _chunks(larger)
+    )
+
+
+def _hashes(cache: TokenCache) -> np.ndarray:
+    return np.memmap(cache.folder / HASHES_FILE, dtype="<u8", mode="r")
+
+
+def _chunks(hashes: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(hashes), _HASHES_PER_CHUNK):
+        yield hashes[start : start + _HASHES_PER_CHUNK]
+
+
+def _between(hashes: np.ndarray, low: np.uint64, high: np.uint64) -> np.ndarray:
+    start, end = np.searchsorted(hashes, low, side="left"), np.searchsorted(hashes, high, side="right")
+    return hashes[start:end]
