@@ -15,9 +15,11 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train
 _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
 _PROMPT = flags.DEFINE_multi_string("prompt", ["Once upon a time there was"], "Beginning of a story; may be repeated.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Stories for each prompt.", lower_bound=1, upper_bound=10_000)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "Tokens after the prompt; 0: up to the model's context.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 0, "Tokens after the prompt; 0: up to the model's context.", lower_bound=0
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0 is off.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0 is off.", upper_bound=2**31 - 1)
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens of this total probability; 1 is off.")
 _REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Penalty on tokens already in the text; 1 is off.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same stories.", lower_bound=0, upper_bound=2**31 - 1)
@@ -26,13 +28,16 @@ _STREAM = flags.DEFINE_bool("stream", False, "Show each story while it is writte
 
 def main() -> None:
     from tinystories_jax.data.stories import END_OF_STORY
-    from tinystories_jax.evaluation.samples import stream_story, write_stories
+    from tinystories_jax.evaluation.samples import check_prompts, stream_story, write_stories
     from tinystories_jax.model.generate import Sampling
     from tinystories_jax.training.checkpoint import restore_params
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     params, meta = restore_params(Path(_CHECKPOINT.value), _STEP.value)
-    limits = {"seed": _SEED.value, "max_new_tokens": _MAX_NEW_TOKENS.value or meta.config.data.sequence_length}
+    context_length = meta.config.data.sequence_length
+    check_prompts(meta.tokenizer, _PROMPT.value, context_length)
+    max_new_tokens = min(_MAX_NEW_TOKENS.value or context_length, context_length)
+    limits = {"seed": _SEED.value, "max_new_tokens": max_new_tokens}
     prompts = [prompt for prompt in _PROMPT.value for _ in range(_NUM_SAMPLES.value)]
     separator = f"\n{END_OF_STORY}\n"
     print(f"checkpoint of update {meta.update} in {_CHECKPOINT.value}", file=sys.stderr)

@@ -12,9 +12,10 @@ from absl import app, flags
 from tinystories_jax.errors import UserError
 
 _USER_EXIT = 2
-# What a full, read-only or missing place on a disk says; anything else from the system is a bug of ours.
+# What a full, read-only, missing or occupied place on a disk says; anything else from the system is a bug of ours.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MENDABLE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_MENDABLE = _FULL | _CLOSED | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -46,6 +47,8 @@ def _parse_flags() -> None:
         if "config" in flags.FLAGS:
             # The library keeps a failure to read the file until somebody looks into the config.
             getattr(flags.FLAGS["config"].value, "items", None)
+    except SystemExit as error:
+        sys.exit(0 if error.code == 1 else error.code)  # absl ends --help with 1
     except Exception as error:  # whatever a config file, which is the user's code, may raise
         raise UserError(f"{_describe(error)}; see --help") from error
     if rest:
@@ -53,26 +56,34 @@ def _parse_flags() -> None:
 
 
 def _describe(error: Exception) -> str:
-    """Returns in one line which flag is wrong and why, or where in the config file."""
-    # What the libraries wrap: a traceback in the text, or a KeyError in an AttributeError.
-    text = str(error.args[0].args[0] if error.args and isinstance(error.args[0], KeyError) else error)
-    if isinstance(error, KeyError) and error.args:
-        text = str(error.args[0])
-    if required := re.search(r"Flag (--\w+) must have a value other than None", text):
-        return f"{required[1]} is missing"
-    if "Traceback (most recent call last)" in text:
-        text = f"{text.partition(chr(10))[0]} {text.split('; see')[0].strip().splitlines()[-1]}"
-    in_file = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "<module>")]
+    """Returns which flag is wrong and why, or where in the config file."""
+    text = str(_innermost(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    in_file = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name in ("get_config", "<module>")]
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     if in_file:
-        return f"{in_file[-1].filename}, line {in_file[-1].lineno}: {type(error).__name__}: {text}"
+        return f"{in_file[-1].filename}, line {in_file[-1].lineno}: {type(error).__name__}: {' '.join(lines)}"
+    if isinstance(error, OSError):
+        return f"the config file cannot be read: {lines[-1]}"
+    if required := re.search(r"Flag (--\w+) must have a value other than None", text):
+        return f"{required[1]} is missing"
     if isinstance(error, flags.Error):
-        return text
-    key = text.split("\n")[0].strip("'")
-    given = [argument for argument in sys.argv[1:] if argument.startswith("--config") and key in argument]
-    named = given[0] if given else next((a for a in sys.argv[1:] if a.startswith("--config")), "--config")
-    return f"{named}: {text}"
+        # A TypeError or ValueError of a config file comes with its traceback in the text.
+        return " ".join((lines[0], lines[-1]) if "Traceback (most recent call last):" in lines else lines)
+    # What is left: a field that the config has not, which the libraries name without the rest of the flag.
+    given = [flag for flag in sys.argv if lines[0].strip("'") in re.split("[.=]", flag)]
+    return ": ".join([*given[:1], *lines])
+
+
+def _innermost(error: BaseException) -> object:
+    """Returns what says best what is wrong: a KeyError's text is its argument, and the config library wraps twice."""
+    if isinstance(error, OSError) and error.__cause__ is not None:
+        return error.__cause__
+    if isinstance(error, (KeyError, AttributeError)) and error.args:
+        inner = error.args[0]
+        return _innermost(inner) if isinstance(inner, KeyError) else inner
+    return error
 
 
 def _complain(problems: list[str] | tuple[str, ...]) -> int:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,7 +40,7 @@ def losses_by_hand(params, config, tokens):
     for start in range(0, len(tokens), length):
         inputs, targets = stream[start : start + length], stream[start + 1 : start + length + 1]
         inputs = inputs[: len(targets)]
-        logits = np.asarray(forward(params, inputs[None], config.model)[0], np.float64)
+        logits = np.asarray(forward(params, jnp.asarray(inputs[None]), config.model)[0], np.float64)
         log_sums = np.log(np.exp(logits).sum(-1))
         losses += list(log_sums - logits[np.arange(len(targets)), targets])
         hits += list(logits.argmax(-1) == targets)

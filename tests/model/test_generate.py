@@ -1,6 +1,7 @@
 """The decode loop against the full forward, and its filters against plain NumPy."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,8 +131,9 @@ def test_prompt_lengths_and_sampling_values_compile_a_handful_of_programs(params
     for length in range(1, 40):
         write(params, [[1] * length], max_new_tokens=4, temperature=0.5 + length / 100, top_k=length, seed=length)
     # Prompt buckets 32 and 48 (the context), each with the cache lengths 32 and 48 that can follow.
-    assert generate_module._start._cache_size() <= 3
-    assert generate_module._decode_until._cache_size() <= 2
+    programs: Any = generate_module
+    assert programs._start._cache_size() <= 3
+    assert programs._decode_until._cache_size() <= 2
 
 
 def test_what_cannot_be_generated_is_refused(params):

@@ -1,6 +1,7 @@
 """The decoder against its definition: causality, cached decoding, dtypes, counts, and Hugging Face's Llama."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ def params():
     return init_params(CONFIG, jax.random.key(0))
 
 
-@pytest.fixture(scope="module")
-def tokens_BT():
+@pytest.fixture(scope="module", name="tokens_BT")
+def make_tokens():
     return jax.random.randint(jax.random.key(1), (3, 20), 0, CONFIG.vocab_size)
 
 
@@ -166,7 +167,7 @@ def test_num_params_counts_what_is_made(params):
 
 
 def test_a_second_forward_of_the_same_shape_compiles_nothing(params, tokens_BT):
-    step = jax.jit(forward, static_argnames="config")
+    step: Any = jax.jit(forward, static_argnames="config")
     step(params, tokens_BT, CONFIG)
     step(params, tokens_BT + 0, dataclasses.replace(CONFIG))
     assert step._cache_size() == 1

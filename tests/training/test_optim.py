@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def config(tiny_config) -> Config:
 
 
 def rates(config, schedule):
-    curve = learning_rate_schedule(config.optim, schedule)
+    curve: Any = learning_rate_schedule(config.optim, schedule)
     return [float(curve(count)) for count in range(schedule.total_updates)]
 
 
@@ -48,10 +49,10 @@ def test_short_runs_have_a_finite_rate_everywhere(config, total, warmup):
 
 
 def test_matrices_decay_and_norm_scales_do_not(config):
-    params = {"norm": {"scale": jnp.ones(3)}, "proj": {"kernel": jnp.ones((3, 3))}}
+    params: Any = {"norm": {"scale": jnp.ones(3)}, "proj": {"kernel": jnp.ones((3, 3))}}
     assert decay_mask(params) == {"norm": {"scale": False}, "proj": {"kernel": True}}
     single = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum_steps=1))
-    optimizer = make_optimizer(single)
+    optimizer: Any = make_optimizer(single)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_array_equal(updates["norm"]["scale"], 0)
     # First update: rate 0.001 (warm-up), decay 0.1, weight 1.
@@ -61,8 +62,8 @@ def test_matrices_decay_and_norm_scales_do_not(config):
 def test_the_clip_sees_the_averaged_gradient(config):
     """Two gradients of norm 10 that cancel almost: clipped one by one they would leave another average."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum_steps=2))
-    optimizer = make_optimizer(config)
-    params = {"w": jnp.zeros((2, 2))}
+    optimizer: Any = make_optimizer(config)
+    params: Any = {"w": jnp.zeros((2, 2))}
     state = optimizer.init(params)
     for scale in (10.0, -9.0):
         _, state = optimizer.update({"w": jnp.full((2, 2), scale / 2)}, state, params)
@@ -76,8 +77,8 @@ def test_the_clip_sees_the_averaged_gradient(config):
 
 def test_a_large_gradient_is_clipped_and_its_norm_recorded_before(config):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum_steps=1))
-    optimizer = make_optimizer(config)
-    params = {"w": jnp.zeros((2, 2))}
+    optimizer: Any = make_optimizer(config)
+    params: Any = {"w": jnp.zeros((2, 2))}
     _, state = optimizer.update({"w": jnp.full((2, 2), 50.0)}, optimizer.init(params), params)
     assert float(state.inner_opt_state[0].grad_norm) == pytest.approx(100.0)
     moment = state.inner_opt_state[2][0].mu["w"]

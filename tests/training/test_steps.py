@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,13 @@ def lengthen(config, total_updates):
     return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, total_updates=total_updates))
 
 
-def start(config):
+def start(config) -> tuple[Any, Any]:
     optimizer = make_optimizer(config)
     step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
     return init_state(config, optimizer), step
 
 
-def run(config, blocks, article_mask_V=NO_ARTICLES_V):
+def run(config, blocks, article_mask_V=NO_ARTICLES_V) -> tuple[Any, list[Any]]:
     state, step = start(config)
     metrics = []
     for block in blocks:
@@ -152,7 +153,7 @@ def test_nothing_compiles_twice(tiny_config):
     state, step = start(tiny_config)
     for block in random_blocks(5):
         state, _ = step(state, block, NO_ARTICLES_V)
-    assert step._cache_size() == 1  # type: ignore[attr-defined]
+    assert step._cache_size() == 1
 
 
 def test_the_old_state_is_donated(tiny_config):
