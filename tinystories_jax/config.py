@@ -301,6 +301,8 @@ def _check_values(seed: int, sections: dict[str, dict[str, Any]]) -> list[str]:
             )
     if not train["num_epochs"] and not train["max_updates"]:
         problems.append("train.num_epochs=0 and train.max_updates=0: nothing to train; set one of them")
+    if not sections["sample"]["prompts"]:
+        problems.append("sample.prompts is empty; give at least one, for instance ('Once upon a time',)")
     if not data["cache_dir"]:
         problems.append("data.cache_dir is empty; give a folder, for instance --config.data.cache_dir=cache")
     return problems + _check_model(sections["model"]) + _check_optim(sections["optim"])

@@ -91,7 +91,7 @@ def _listen(receiver: Connection, request: dict[str, str]) -> Generator[tuple[in
         if not receiver.poll(max(0.0, deadline - time.monotonic())):
             reason = f"no answer for {patience:.0f} seconds" + (f" (last: {trouble})" if trouble else "")
             raise _unreachable(request, endpoint, reason)
-        kind, value = receiver.recv()
+        kind, value = json.loads(receiver.recv_bytes())
         if kind == "trouble":
             trouble = value
             continue
@@ -140,7 +140,7 @@ def _serve(sender: Connection, request: dict[str, str]) -> None:
     def send(kind: str, value: Any = None) -> None:
         # Arrow reads from several threads, and a Connection takes one message at a time.
         with lock:
-            sender.send((kind, value))
+            sender.send_bytes(json.dumps((kind, value)).encode())
 
     # Imported before "ready", where the patience with the network begins.
     import datasets  # noqa: F401

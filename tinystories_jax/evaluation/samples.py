@@ -49,7 +49,7 @@ def write_stories(
     stories = []
     for prompt, prompt_id, text in zip(prompts, prompt_ids, texts, strict=True):
         finished = len(text) > len(prompt_id) and text[-1] == END_OF_STORY_ID
-        stories.append(Story(prompt, tokenizer.decode(text[1 : len(text) - finished]), finished))
+        stories.append(Story(prompt, _text(tokenizer, text), finished))
     return stories
 
 
@@ -65,11 +65,12 @@ def stream_story(
     row: int = 0,
 ) -> Iterator[str]:
     """Yields, after the prompt, the pieces of story number `row` of `write_stories` as they are written."""
-    written = len(_encode(tokenizer, prompt))
+    tokens = _encode(tokenizer, prompt)
+    shown = prompt
     pieces = DecodeStream(skip_special_tokens=True)
-    for (tokens,) in generate_chunks(
+    for (longer,) in generate_chunks(
         params,
-        [_encode(tokenizer, prompt)],
+        [tokens],
         config.model,
         sampling,
         key=jax.random.key(seed),
@@ -80,8 +81,11 @@ def stream_story(
         first_row=row,
     ):
         # A piece comes when its bytes are whole characters.
-        yield "".join(pieces.step(tokenizer.backend, token) or "" for token in tokens[written:])
-        written = len(tokens)
+        new = "".join(pieces.step(tokenizer.backend, token) or "" for token in longer[len(tokens) :])
+        shown, tokens = shown + new, longer
+        yield new
+    # A limit on the length can leave half a character behind.
+    yield _text(tokenizer, tokens)[len(shown) :]
 
 
 def check_prompts(tokenizer: StoryTokenizer, prompts: Sequence[str], context_length: int) -> None:
@@ -95,6 +99,12 @@ def check_prompts(tokenizer: StoryTokenizer, prompts: Sequence[str], context_len
     ]
     if problems:
         raise UserError(problems)
+
+
+def _text(tokenizer: StoryTokenizer, tokens: list[int]) -> str:
+    """Returns the text between the end token that `_encode` puts first and the one that may stand last."""
+    end = len(tokens) - (len(tokens) > 1 and tokens[-1] == END_OF_STORY_ID)
+    return tokenizer.decode(tokens[1:end])
 
 
 def _encode(tokenizer: StoryTokenizer, prompt: str) -> list[int]:

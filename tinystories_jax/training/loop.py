@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def train(config: Config, workdir: Path) -> TrainResult:
     micro_steps = config.train.grad_accum_steps
 
     with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
-        state, update = _start_or_resume(checkpoints, init_state(config, optimizer), data)
+        state, update = _start_or_resume(checkpoints, jax.jit(lambda: init_state(config, optimizer))(), data)
         drop_after(workdir / "samples.jsonl", update)
         with (
             MetricsLog(workdir, resume_after=update, tensorboard=config.logging.tensorboard) as log,
@@ -118,7 +119,7 @@ def train(config: Config, workdir: Path) -> TrainResult:
                 valid_loss = None
                 if evaluates:
                     scores, improved = _evaluate(state.params, data, config, article_mask_V, log, rows, progress)
-                    _sample(state.params, data.tokenizer, config, update, workdir)
+                    progress.note(_sample(state.params, data.tokenizer, config, update, workdir))
                     valid_loss, saves = scores.loss, saves or improved
                 log.write(rows)
                 if saves or stop.signal:
@@ -242,7 +243,8 @@ def _evaluate(
     return scores, improved
 
 
-def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, update: int, workdir: Path) -> None:
+def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, update: int, workdir: Path) -> str:
+    """Adds a story per configured prompt to samples.jsonl; returns the first one for the eye."""
     stories = write_stories(
         params,
         tokenizer,
@@ -253,6 +255,7 @@ def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, update: i
         max_new_tokens=config.sample.max_new_tokens,
     )
     append_jsonl(workdir / "samples.jsonl", [{"update": update, **dataclasses.asdict(story)} for story in stories])
+    return textwrap.indent(stories[0].text, "  | ")
 
 
 def _out_of_patience(config: Config, log: MetricsLog) -> bool:

@@ -1,0 +1,135 @@
+"""Checkpoints: what is kept, what comes back bit for bit, and what is refused by name."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import make_tiny_config
+from tinystories_jax.config import Config
+from tinystories_jax.data.tokenizer import StoryTokenizer, train_bpe
+from tinystories_jax.errors import UserError
+from tinystories_jax.training.checkpoint import Checkpoints, Meta, restore_params
+from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.steps import TrainState, init_state, make_train_step
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> StoryTokenizer:
+    return train_bpe(["Once upon a time there was a cat.", "The cat sat on the mat."], vocab_size=280)
+
+
+@pytest.fixture(name="config")
+def make_config(tokenizer) -> Config:
+    config = make_tiny_config()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+
+
+def meta_at(update: int, config: Config, tokenizer: StoryTokenizer) -> Meta:
+    return Meta(update, config, tokenizer, "train fingerprint", "validation fingerprint")
+
+
+def save_run(
+    workdir, config: Config, tokenizer: StoryTokenizer, losses: dict[int, float | None]
+) -> dict[int, TrainState]:
+    """Trains over as many updates as `losses` names and saves each; returns copies of the saved states."""
+    assert config.schedule is not None
+    optimizer = make_optimizer(config)
+    step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
+    state, saved = init_state(config, optimizer), {}
+    block = np.random.RandomState(0).randint(0, 280, (4, 17)).astype(np.int32)
+    with Checkpoints(workdir, config) as checkpoints:
+        for update, loss in losses.items():
+            for _ in range(config.train.grad_accum_steps):
+                state, _ = step(state, block, jnp.zeros(tokenizer.vocab_size, bool))
+            checkpoints.save(state, meta_at(update, config, tokenizer), valid_loss=loss)
+            # The next step reuses the state's buffers while the save goes on in the background.
+            saved[update] = jax.tree.map(np.array, state)
+    return saved
+
+
+def assert_trees_equal(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def kept(workdir) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def test_the_whole_state_comes_back_bit_for_bit(tmp_path, config, tokenizer):
+    saved = save_run(tmp_path, config, tokenizer, {1: None, 2: None})
+    with Checkpoints(tmp_path, config) as checkpoints:
+        assert checkpoints.latest() == 2
+        fresh = init_state(config, make_optimizer(config))
+        for update in (1, 2):
+            state, meta = checkpoints.restore(update, fresh)
+            assert_trees_equal(saved[update], state)
+            assert jax.tree.structure(state) == jax.tree.structure(fresh)
+            assert meta == meta_at(update, config, tokenizer)
+
+
+def test_latest_best_and_epochs_are_kept_also_after_a_restart(tmp_path, config, tokenizer):
+    # epoch_ends is (5, 10, 15, 20); two latest are kept.
+    losses: dict[int, float | None] = {1: 5.0, 2: 3.0, 3: None, 4: 4.0, 5: 4.5, 6: 4.4, 7: 4.3}
+    saved = save_run(tmp_path, config, tokenizer, losses)
+    assert kept(tmp_path) == [2, 5, 6, 7]
+    save_run(tmp_path, config, tokenizer, {8: 4.1, 9: None, 10: 4.0, 11: 3.5})
+    assert kept(tmp_path) == [2, 5, 10, 10 + 1]
+    for step, update in {"best": 2, "latest": 11, "epoch:1": 5, "epoch:2": 10, "2": 2}.items():
+        params, meta = restore_params(tmp_path, step)
+        assert meta.update == update
+        if update in saved:
+            assert_trees_equal(saved[update].params, params)
+
+
+def test_without_an_evaluation_best_is_the_latest(tmp_path, config, tokenizer):
+    save_run(tmp_path, config, tokenizer, {1: None, 2: None})
+    assert restore_params(tmp_path, "best")[1].update == 2
+
+
+def test_a_checkpoint_holds_all_that_sampling_needs(tmp_path, config, tokenizer):
+    save_run(tmp_path, config, tokenizer, {1: 1.0})
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "checkpoints", moved / "checkpoints")
+    _, meta = restore_params(moved)
+    assert (meta.config, meta.tokenizer) == (config, tokenizer)
+
+
+@pytest.mark.parametrize("step", ["3", "epoch:2", "epoch:0", "newest", "-1", ""])
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path, config, tokenizer, step):
+    save_run(tmp_path, config, tokenizer, {1: 1.0, 2: 0.5})
+    with pytest.raises(UserError, match=rf"--step={step}.*1, 2"):
+        restore_params(tmp_path, step)
+
+
+def test_folders_without_a_finished_checkpoint_are_refused(tmp_path, config, tokenizer):
+    with pytest.raises(UserError, match="no run with checkpoints"):
+        restore_params(tmp_path)
+    save_run(tmp_path, config, tokenizer, {1: 1.0})
+    # What a killed process leaves: a folder that was never committed.
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp")
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        restore_params(tmp_path)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize("part", ["meta", "params"])
+def test_a_missing_part_is_refused_by_name(tmp_path, config, tokenizer, part):
+    save_run(tmp_path, config, tokenizer, {1: 1.0})
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / part)
+    with pytest.raises(UserError, match=r"checkpoints/1: cannot be restored"):
+        restore_params(tmp_path)
+
+
+def test_a_foreign_tokenizer_in_a_checkpoint_is_refused(config, tokenizer):
+    values = meta_at(1, config, tokenizer).to_json()
+    values["tokenizer"] = train_bpe(["another text"], vocab_size=270).json
+    with pytest.raises(UserError, match="SHA-256"):
+        Meta.from_json(values, "here")
+    with pytest.raises(UserError, match="here: not a checkpoint"):
+        Meta.from_json({"update": 1}, "here")

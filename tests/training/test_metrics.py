@@ -1,0 +1,93 @@
+"""The metrics log across restarts, FLOPs by hand, MFU only where the peak is known."""
+
+import dataclasses
+import json
+import math
+
+from tests.tiny import make_tiny_config
+from tinystories_jax.config import ModelConfig
+from tinystories_jax.training.metrics import (
+    MetricsLog,
+    ProgressLine,
+    append_jsonl,
+    drop_after,
+    flops_per_token,
+    model_flops_utilization,
+)
+
+TOP10K = ModelConfig(
+    d_model=448,
+    num_layers=7,
+    num_heads=7,
+    num_kv_heads=7,
+    d_ff=1344,
+    rope_theta=10_000.0,
+    tie_embeddings=True,
+    dropout=0.0,
+    dtype="bfloat16",
+    remat=False,
+    head_dim=64,
+    vocab_size=10_000,
+)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_flops_per_token_by_hand():
+    assert flops_per_token(TOP10K, 512) == 6 * 22_750_784 + 6 * 512 * 448 * 7
+    untied = dataclasses.replace(TOP10K, tie_embeddings=False)
+    assert flops_per_token(untied, 512) == flops_per_token(TOP10K, 512)
+
+
+def test_mfu_of_an_unknown_device_is_none():
+    assert model_flops_utilization(1e6, flops_per_token(make_tiny_config().model, 16)) is None
+
+
+def test_each_update_stands_once_after_a_restart(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(tmp_path, resume_after=0, tensorboard=True) as log:
+        log.write([{"update": update, "train/loss": 5.0 - update} for update in range(1, 6)])
+    path.write_text(path.read_text() + '{"update": 6, "train/lo')  # killed while writing
+    with MetricsLog(tmp_path, resume_after=3, tensorboard=True) as log:
+        log.write([{"update": update, "train/loss": -1.0} for update in (4, 5)])
+    assert [row["update"] for row in rows_of(path)] == [1, 2, 3, 4, 5]
+    assert [row["train/loss"] for row in rows_of(path)] == [4.0, 3.0, 2.0, -1.0, -1.0]
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_nan_is_written_as_null(tmp_path):
+    with MetricsLog(tmp_path, resume_after=0, tensorboard=False) as log:
+        log.write([{"update": 1, "valid/loss": 1.0, "valid/article_recall": math.nan}])
+    assert rows_of(tmp_path / "metrics.jsonl") == [{"update": 1, "valid/loss": 1.0, "valid/article_recall": None}]
+
+
+def test_evaluations_survive_a_restart(tmp_path):
+    with MetricsLog(tmp_path, resume_after=0, tensorboard=False) as log:
+        log.write(
+            [{"update": 1, "train/loss": 3.0}, {"update": 2, "valid/loss": 2.5}, {"update": 3, "valid/loss": 2.0}]
+        )
+    with MetricsLog(tmp_path, resume_after=2, tensorboard=False) as log:
+        assert {update: row["valid/loss"] for update, row in log.evaluations.items()} == {2: 2.5}
+
+
+def test_samples_of_a_stretch_done_again_are_dropped(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    append_jsonl(path, [{"update": update, "text": "Zoë"} for update in (1, 2, 3)])
+    drop_after(path, 2)
+    assert rows_of(path) == [{"update": 1, "text": "Zoë"}, {"update": 2, "text": "Zoë"}]
+    drop_after(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_progress_away_from_a_terminal_is_plain_lines(capsys):
+    with ProgressLine(total=20, initial=0) as progress:
+        progress.show(10, text="loss 2.000", eta_seconds=75.4)
+        progress.show(20, text="loss 1.000", eta_seconds=None)
+        progress.note("done")
+    assert capsys.readouterr().err.splitlines() == [
+        "update 10/20  loss 2.000  eta 01:15",
+        "update 20/20  loss 1.000",
+        "done",
+    ]
