@@ -1,4 +1,4 @@
-"""Runs a script's main function with the exit codes that all scripts share: 0, 2 for the user, 130 / 143 for signals."""
+"""Runs a script's main function with the exit codes all scripts share: 0, 2 for the user, 130 / 143 for signals."""
 
 import errno
 import re

@@ -207,3 +207,11 @@ def test_data_is_prepared_without_jax():
     )
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+def test_missing_files_of_both_splits_are_reported_together_before_anything_is_built(place):
+    with pytest.raises(UserError) as caught:
+        place.prepare(data__train_files="no_train.txt", data__valid_files="no_valid.txt")
+    assert ["no_train" in line for line in caught.value.problems] == [True, False]
+    assert ["no_valid" in line for line in caught.value.problems] == [False, True]
+    assert not (place.folder / "cache" / "tokenizers").exists()

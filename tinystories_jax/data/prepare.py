@@ -5,7 +5,7 @@ This is the whole way of the data in one call: iter_stories -> train_bpe -> writ
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +66,16 @@ def prepare_data(
 
     Raises `UserError` for sources, tokenizers and caches that cannot be used, and for a split without stories.
     """
+    sources = (train_source(config.data), valid_source(config.data))
+    # Both before anything is built: a wrong path of the second split is noticed now and not in an hour.
+    identities = _identify(sources, config.data)
     tokenizer = prepare_tokenizer(config.data, config.tokenizer, rebuild=rebuild, show_progress=show_progress, log=log)
-    caches = [
-        _prepare_cache(source, tokenizer, config.data, rebuild=rebuild, show_progress=show_progress, log=log)
-        for source in (train_source(config.data), valid_source(config.data))
-    ]
-    train, valid = caches
+    train, valid = (
+        _prepare_cache(
+            source, identity, tokenizer, config.data.cache_dir, rebuild=rebuild, show_progress=show_progress, log=log
+        )
+        for source, identity in zip(sources, identities, strict=True)
+    )
     reports = {
         "train": StoryReport(**train.manifest.report),
         "validation": StoryReport(**valid.manifest.report),
@@ -202,17 +206,16 @@ def _open_tokenizer(folder: Path, fingerprint: str) -> StoryTokenizer:
 
 def _prepare_cache(
     source: StorySource,
+    identity: dict[str, object],
     tokenizer: StoryTokenizer,
-    data: DataConfig,
+    cache_dir: str,
     *,
     rebuild: bool,
     show_progress: bool,
     log: Callable[[str], None],
 ) -> TokenCache:
-    # The identity of files is their content alone; a cache also belongs to one split.
-    identity = {"split": source.split, **source_identity(source, _memo_path(data))}
     fingerprint = cache_fingerprint(tokenizer.sha256, identity)
-    folder = Path(data.cache_dir) / "tokens" / f"{source.split}-{fingerprint[:16]}"
+    folder = Path(cache_dir) / "tokens" / f"{source.split}-{fingerprint[:16]}"
     reused = folder.exists() and not rebuild
     if not reused:
         log(f"{source.split}: encoding the stories of {_name_of(source)}")
@@ -221,6 +224,21 @@ def _prepare_cache(
     counts = f"{cache.manifest.num_stories:,} stories, {cache.manifest.num_tokens:,} tokens"
     log(f"{source.split}: {'reusing' if reused else 'wrote'} {folder} ({counts})")
     return cache
+
+
+def _identify(sources: Sequence[StorySource], data: DataConfig) -> list[dict[str, object]]:
+    """Returns what each source's cache is tied to; raises one `UserError` for all that cannot be read."""
+    identities: list[dict[str, object]] = []
+    problems: list[str] = []
+    for source in sources:
+        try:
+            # The identity of files is their content alone; a cache also belongs to one split.
+            identities.append({"split": source.split, **source_identity(source, _memo_path(data))})
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return identities
 
 
 def _memo_path(data: DataConfig) -> Path:

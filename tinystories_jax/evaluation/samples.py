@@ -108,5 +108,11 @@ def _text(tokenizer: StoryTokenizer, tokens: list[int]) -> str:
 
 
 def _encode(tokenizer: StoryTokenizer, prompt: str) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt {prompt!r} is not UTF-8 text; mend its bytes or the terminal's encoding"
+        ) from error
     # A story stands after the previous one's end token wherever the model has seen one begin.
     return [END_OF_STORY_ID, *tokenizer.encode(prompt)]

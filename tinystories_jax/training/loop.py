@@ -81,6 +81,8 @@ def train(config: Config, workdir: Path) -> TrainResult:
     Raises `UserError` for anything that the user can mend; what was saved before stays.
     """
     started = time.perf_counter()
+    # Before hours of preparing data: a place that cannot be written is noticed here.
+    workdir.mkdir(parents=True, exist_ok=True)
     data = prepare_data(config)
     blocks = num_blocks(len(data.train.tokens), config.data.sequence_length)
     config = with_data(config, vocab_size=data.tokenizer.vocab_size, num_blocks=blocks)
@@ -98,8 +100,9 @@ def train(config: Config, workdir: Path) -> TrainResult:
     with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
         state, update = _start_or_resume(checkpoints, jax.jit(lambda: init_state(config, optimizer))(), data)
         drop_after(workdir / "samples.jsonl", update)
+        writes_board = config.logging.tensorboard and update < schedule.total_updates
         with (
-            MetricsLog(workdir, resume_after=update, tensorboard=config.logging.tensorboard) as log,
+            MetricsLog(workdir, resume_after=update, tensorboard=writes_board) as log,
             ProgressLine(total=schedule.total_updates, initial=update) as progress,
         ):
             meter = _Meter(config, update)
@@ -177,7 +180,6 @@ def _claim_workdir(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> 
                 + [f"  {line}" for line in differing]
             )
         return
-    workdir.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, workdir / "tokenizer")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
@@ -213,7 +215,8 @@ def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, data: Prepared
                 f"{checkpoints.folder.parent}: the run was trained on the {split} cache {saved[:16]}, the data "
                 f"now gives {now[:16]}; give back the same stories, or another --workdir"
             )
-    print(f"resumed   after update {latest:,}", file=sys.stderr)
+    finished = meta.config.schedule is not None and latest >= meta.config.schedule.total_updates
+    print(f"resumed   after update {latest:,}{', nothing left to do' * finished}", file=sys.stderr)
     return state, latest
 
 
