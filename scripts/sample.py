@@ -40,7 +40,8 @@ def main() -> None:
     limits = {"seed": _SEED.value, "max_new_tokens": max_new_tokens}
     prompts = [prompt for prompt in _PROMPT.value for _ in range(_NUM_SAMPLES.value)]
     separator = f"\n{END_OF_STORY}\n"
-    print(f"checkpoint of update {meta.update} in {_CHECKPOINT.value}", file=sys.stderr)
+    made_up = " (trained on the made-up sample, not TinyStories)" * (meta.config.data.source == "sample")
+    print(f"checkpoint of update {meta.update} in {_CHECKPOINT.value}{made_up}", file=sys.stderr)
     if _STREAM.value:
         for row, prompt in enumerate(prompts):
             print(separator * bool(row) + prompt, end="", flush=True)

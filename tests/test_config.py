@@ -379,9 +379,9 @@ def test_max_updates_goes_before_the_epochs(max_updates, epoch_ends):
     assert all(end <= max_updates for end in schedule.epoch_ends)
 
 
-def test_more_than_one_epoch_may_end_in_one_update():
+def test_epochs_shorter_than_an_update_have_no_end_of_their_own():
     schedule = schedule_of(3, train__num_epochs=5)
-    assert schedule.epoch_ends == (1, 1, 2, 2, 2)
+    assert schedule.epoch_ends == ()
     assert schedule.total_updates == 2
 
 
@@ -509,6 +509,7 @@ FREE = {
     "sample__temperature": 0.7,
     "logging__every": 7,
     "logging__tensorboard": False,
+    "model__remat": True,
 }
 BINDING = {
     "seed": 1,
@@ -529,7 +530,6 @@ BINDING = {
     "model__tie_embeddings": False,
     "model__dropout": 0.1,
     "model__dtype": "float32",
-    "model__remat": True,
     "train__batch_size": 7,
     "train__grad_accum_steps": 7,
     "train__num_epochs": 7,

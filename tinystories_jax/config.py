@@ -54,7 +54,7 @@ class ModelConfig:
     tie_embeddings: bool
     dropout: float
     dtype: str
-    remat: bool
+    remat: bool = field(metadata=_FREE)
     head_dim: int = field(metadata=_DERIVED)
     vocab_size: int = field(metadata=_DERIVED)
 
@@ -110,7 +110,8 @@ class Schedule:
     """What the training split decides: counts of blocks and updates.
 
     Blocks are dealt out as one endless row of shuffled epochs, so an epoch need not end on an update boundary:
-    `epoch_ends[e - 1]` is the first update after which every block has been visited `e` times.
+    `epoch_ends[e - 1]` is the first update after which every block has been visited `e` times; it is empty where an
+    update visits more than one epoch, which gives epochs no end of their own.
     """
 
     num_blocks: int
@@ -153,7 +154,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     if not hasattr(values, "items"):
         raise UserError(f"the config is a {type(values).__name__}; get_config must return a ConfigDict of sections")
     for name in values:
-        if name not in _SECTIONS and name not in ("seed", "schedule"):
+        if name != "seed" and name not in _SECTIONS:
             problems.append(f"{name}: no such section; the sections are {', '.join(_SECTIONS)}")
     seed: Any = None
     if "seed" in values:
@@ -164,10 +165,8 @@ def resolve(values: Mapping[str, Any]) -> Config:
     for name, section_type in _SECTIONS.items():
         if not isinstance(values.get(name), Mapping) and not hasattr(values.get(name), "items"):
             problems.append(f"section {name} is missing; see configs/top10k.py")
-        else:
-            sections[name] = _read_section(name, section_type, dict(values[name].items()), problems)
-    if problems:
-        raise UserError(problems)
+        present = dict(values[name].items()) if hasattr(values.get(name), "items") else {}
+        sections[name] = _read_section(name, section_type, present, problems)
     problems += _check_values(seed, sections)
     if problems:
         raise UserError(problems)
@@ -190,13 +189,14 @@ def with_data(config: Config, *, vocab_size: int, num_blocks: int) -> Config:
     blocks_per_update = train.batch_size * train.grad_accum_steps
     total_updates = train.max_updates or -(-train.num_epochs * num_blocks // blocks_per_update)
     num_epochs = total_updates * blocks_per_update // num_blocks
+    epoch_ends = tuple(-(-epoch * num_blocks // blocks_per_update) for epoch in range(1, num_epochs + 1))
     schedule = Schedule(
         num_blocks=num_blocks,
         blocks_per_update=blocks_per_update,
         total_updates=total_updates,
         # A run cut short by max_updates still warms up and still decays.
         warmup_updates=min(config.optim.warmup_updates, total_updates // 2),
-        epoch_ends=tuple(-(-epoch * num_blocks // blocks_per_update) for epoch in range(1, num_epochs + 1)),
+        epoch_ends=epoch_ends if blocks_per_update <= num_blocks else (),
     )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return dataclasses.replace(config, model=model, schedule=schedule)
@@ -209,7 +209,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the config that `to_dict` wrote, validated again; raises `UserError` when it is not one."""
-    config = resolve(values)
+    try:
+        given = {name: value for name, value in values.items() if name != "schedule"}
+        given["model"] = {key: v for key, v in given["model"].items() if key not in _derived_fields(ModelConfig)}
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"the stored config is not one ({error!r})") from error
+    config = resolve(given)
     try:
         stored = dict(values["schedule"])
         schedule = Schedule(**{**stored, "epoch_ends": tuple(stored["epoch_ends"])})
@@ -241,20 +246,24 @@ def contradictions(of_run: Config, requested: Config) -> list[str]:
 
 
 def _read_section(name: str, section_type: type, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Returns the section's values by name, None where one is missing or of the wrong type, and notes the problems."""
     hints = get_type_hints(section_type)
-    derived = {item.name for item in dataclasses.fields(section_type) if item.metadata.get("derived")}
-    typed: dict[str, Any] = {}
+    for derived in _derived_fields(section_type):
+        del hints[derived]
+    typed: dict[str, Any] = dict.fromkeys(hints)
     for key, hint in hints.items():
-        if key in derived:
-            continue
-        if key not in values:
-            problems.append(f"{name}.{key} is missing; see configs/top10k.py for its meaning and a value")
-        else:
+        if key in values:
             typed[key] = _typed(f"{name}.{key}", values[key], hint, problems)
+        elif values:
+            problems.append(f"{name}.{key} is missing; see configs/top10k.py for its meaning and a value")
     problems += [
         f"{name}.{key}: nothing reads this field; remove it or mend its name" for key in values if key not in hints
     ]
     return typed
+
+
+def _derived_fields(section_type: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(section_type) if item.metadata.get("derived")]
 
 
 def _typed(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
@@ -276,7 +285,8 @@ def _typed(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
     return None
 
 
-def _check_values(seed: int, sections: dict[str, dict[str, Any]]) -> list[str]:
+def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns what is wrong with the values that are there; None stands for one whose type is wrong already."""
     problems: list[str] = []
     data, tokenizer, train = sections["data"], sections["tokenizer"], sections["train"]
     _require_range(problems, "seed", seed, 0, 2**31 - 1)
@@ -289,21 +299,22 @@ def _check_values(seed: int, sections: dict[str, dict[str, Any]]) -> list[str]:
     if data["source"] == "hub":
         _check_hub(problems, "data", data)
     for key in ("train_files", "valid_files"):
-        if data["source"] == "files" and not data[key].strip():
+        if data["source"] == "files" and data[key] is not None and not data[key].strip():
             problems.append(f"data.{key} is empty but data.source=files; give --config.data.{key}=PATH[,PATH or glob]")
     if not tokenizer["path"]:
         if tokenizer["source"] == "hub":
             _check_hub(problems, "tokenizer", tokenizer)
-        if tokenizer["source"] == "files" and not tokenizer["train_files"].strip():
+        files = tokenizer["train_files"]
+        if tokenizer["source"] == "files" and files is not None and not files.strip():
             problems.append(
                 "tokenizer.train_files is empty but tokenizer.source=files; "
                 "give --config.tokenizer.train_files=PATH or --config.tokenizer.path=TOKENIZER_JSON"
             )
-    if not train["num_epochs"] and not train["max_updates"]:
+    if train["num_epochs"] == 0 and train["max_updates"] == 0:
         problems.append("train.num_epochs=0 and train.max_updates=0: nothing to train; set one of them")
-    if not sections["sample"]["prompts"]:
+    if sections["sample"]["prompts"] == ():
         problems.append("sample.prompts is empty; give at least one, for instance ('Once upon a time',)")
-    if not data["cache_dir"]:
+    if data["cache_dir"] == "":
         problems.append("data.cache_dir is empty; give a folder, for instance --config.data.cache_dir=cache")
     return problems + _check_model(sections["model"]) + _check_optim(sections["optim"])
 
@@ -345,19 +356,19 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 def _require_range(problems: list[str], name: str, value: Any, low: float, high: float) -> None:
-    if not low <= value <= high:
+    if value is not None and not low <= value <= high:
         problems.append(f"{name}={value} must lie between {low} and {high}")
 
 
-def _check_choice(problems: list[str], name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _check_choice(problems: list[str], name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
         problems.append(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
 def _check_hub(problems: list[str], section: str, values: dict[str, Any]) -> None:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", values["hub_name"]):
+    if values["hub_name"] is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", values["hub_name"]):
         problems.append(f"{section}.hub_name={values['hub_name']!r} must read OWNER/NAME")
-    if not re.fullmatch(r"[0-9a-f]{40}", values["hub_revision"]):
+    if values["hub_revision"] is not None and not re.fullmatch(r"[0-9a-f]{40}", values["hub_revision"]):
         problems.append(
             f"{section}.hub_revision={values['hub_revision']!r} must be a 40-digit commit, "
             "so that the data cannot change under a run; the data set's page on the Hub lists its commits"
@@ -367,7 +378,7 @@ def _check_hub(problems: list[str], section: str, values: dict[str, Any]) -> Non
 def _check_model(model: dict[str, Any]) -> list[str]:
     problems: list[str] = []
     d_model, num_heads, num_kv_heads = model["d_model"], model["num_heads"], model["num_kv_heads"]
-    if num_heads < 1 or d_model < 1:
+    if None in (d_model, num_heads, num_kv_heads) or num_heads < 1 or d_model < 1:
         return problems
     if d_model % num_heads:
         suggestion = max(heads for heads in range(1, num_heads + 1) if d_model % heads == 0)
@@ -388,7 +399,8 @@ def _check_model(model: dict[str, Any]) -> list[str]:
 
 
 def _check_optim(optim: dict[str, Any]) -> list[str]:
-    if optim["min_learning_rate"] <= optim["learning_rate"]:
+    lowest, highest = optim["min_learning_rate"], optim["learning_rate"]
+    if lowest is None or highest is None or lowest <= highest:
         return []
     return [
         f"optim.min_learning_rate={optim['min_learning_rate']} must not exceed "

@@ -93,7 +93,7 @@ def allowed_tokens(logits, **changes):
     draw = generate_module._Draw(**{name: jnp.asarray(value) for name, value in options.items()})
     keys_B = jax.random.split(jax.random.key(0), 4000)
     filters = generate_module._Filters(greedy=False, truncate=True, penalize=False)
-    drawn_B = generate_module._sample(logits_BV, None, keys_B, draw, filters)  # type: ignore[arg-type]
+    drawn_B = generate_module._sample(logits_BV, None, keys_B, draw, filters, 0)  # type: ignore[arg-type]
     return np.bincount(drawn_B, minlength=len(logits)) / 4000
 
 
@@ -119,10 +119,11 @@ def test_repetition_penalty_changes_what_is_written(params):
 
 def test_repetition_penalty_falls_on_the_tokens_of_the_text_only():
     state = generate_module.DecodeState(
-        jnp.array([[2, 3, 1]]), jnp.array([2]), jnp.array([False]), jnp.int32(0), caches=[]
+        jnp.array([[0, 2, 3, 1]]), jnp.array([3]), jnp.array([False]), jnp.int32(0), caches=[]
     )
-    penalized_BV = generate_module._penalize(jnp.array([[1.0, 1.0, 4.0, -4.0]]), state, jnp.float32(2.0))
-    # Token 1 stands beyond the text's length: padding is not seen.
+    logits_BV = jnp.array([[1.0, 1.0, 4.0, -4.0]])
+    penalized_BV = generate_module._penalize(logits_BV, state, jnp.float32(2.0), end_token=0)
+    # Token 1 stands beyond the text's length: padding is not seen. The end token before the text is no part of it.
     np.testing.assert_allclose(penalized_BV, [[1.0, 1.0, 2.0, -8.0]])
 
 

@@ -1,7 +1,8 @@
 """The decoder against its definition: causality, cached decoding, dtypes, counts, and Hugging Face's Llama."""
 
 import dataclasses
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 
 from tinystories_jax.config import ModelConfig
-from tinystories_jax.model.transformer import decode_step, forward, init_kv_cache, init_params, num_params, prefill
+from tinystories_jax.model import transformer
+from tinystories_jax.model.transformer import (
+    decode_step,
+    forward,
+    init_kv_cache,
+    init_params,
+    num_params,
+    prefill,
+    uses_flash_attention,
+)
 
 CONFIG = ModelConfig(
     d_model=32,
@@ -110,6 +120,51 @@ def test_bfloat16_stays_near_float32(params, tokens_BT):
     rounded_BTV = forward(params, tokens_BT, dataclasses.replace(CONFIG, dtype="bfloat16"))
     # bf16 keeps 8 significant bits; these logits are of order 0.1.
     assert 0 < float(jnp.abs(logits_BTV - rounded_BTV).max()) < 0.02
+
+
+def test_bfloat16_gradients_of_a_frequent_token_do_not_lose_their_tail(params):
+    """4,096 equal contributions to one row: a sum in bf16 stops growing after a few hundred."""
+    tokens_BT = jnp.full((64, 64), 5)
+
+    def row_gradient(dtype):
+        config = dataclasses.replace(CONFIG, dtype=dtype, tie_embeddings=False)
+        untied = init_params(config, jax.random.key(0))
+        grads = jax.grad(lambda p: forward(p, tokens_BT, config)[..., 7].sum())(untied)
+        return np.asarray(grads["embed_tokens"]["embedding"][5])
+
+    exact, rounded = row_gradient("float32"), row_gradient("bfloat16")
+    assert np.linalg.norm(exact - rounded) < 0.05 * np.linalg.norm(exact)
+
+
+class Device(NamedTuple):
+    platform: str = "gpu"
+    client: Any = SimpleNamespace(platform_version="cuda 12090")
+    compute_capability: str = "9.0"
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "expected"),
+    [
+        (Device(), {}, True),
+        (Device(compute_capability="7.5"), {}, False),
+        (Device(platform="cpu"), {}, False),
+        (Device(client=SimpleNamespace(platform_version="rocm 60000"), compute_capability="gfx90a"), {}, False),
+        (Device(), {"dtype": "float32"}, False),
+        (Device(), {"head_dim": 20}, False),
+        (Device(), {"head_dim": 136}, False),
+    ],
+)
+def test_flash_attention_is_asked_for_only_where_it_runs(device, changes, expected):
+    config = dataclasses.replace(CONFIG, **({"dtype": "bfloat16"} | changes))
+    assert uses_flash_attention(config, device) is expected
+
+
+@pytest.mark.parametrize("length", [1, 3, 16, 21])
+def test_attention_in_blocks_is_attention(length):
+    keys = jax.random.split(jax.random.key(0), 3)
+    queries, k, v = (jax.random.normal(key, (2, length, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True))
+    expected = jax.nn.dot_product_attention(queries, k, v, is_causal=True, implementation="xla")
+    np.testing.assert_allclose(transformer._causal_attention(queries, k, v), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])

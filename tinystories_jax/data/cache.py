@@ -303,7 +303,8 @@ def _read_manifest(path: Path) -> Manifest:
 def _check_manifest(manifest: Manifest, fingerprint: str) -> None:
     if manifest.fingerprint != fingerprint:
         raise ValueError(
-            f"it has fingerprint {manifest.fingerprint}, expected {fingerprint}: other tokenizer or source"
+            f"it has fingerprint {manifest.fingerprint}, expected {fingerprint}: it was made with tokenizer "
+            f"{manifest.tokenizer_sha256} from {manifest.source}"
         )
     own = cache_fingerprint(manifest.tokenizer_sha256, manifest.source)
     if own != fingerprint:

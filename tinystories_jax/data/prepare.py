@@ -4,6 +4,7 @@ This is the whole way of the data in one call: iter_stories -> train_bpe -> writ
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,6 @@ from tinystories_jax.data.tokenizer import (
 )
 from tinystories_jax.errors import UserError
 
-REBUILD_COMMAND = "python scripts/prepare.py --config CONFIG [the same --config.* flags] --rebuild"
 _TRAINER_VERSION = 1  # raise it when train_bpe gives another vocabulary for the same stories
 _META_FILE = "meta.json"
 _HASHES_PER_CHUNK = 1_000_000
@@ -52,6 +52,16 @@ class PreparedData:
     train: TokenCache
     valid: TokenCache
     report: str
+
+
+def rebuild_command() -> str:
+    """Returns the command that builds again what this process's command line asks for."""
+    flags = [
+        argument
+        for before, argument in zip(["", *sys.argv], sys.argv, strict=False)
+        if argument.startswith("--config") or (before.startswith("--config") and "=" not in before)
+    ]
+    return shlex.join(["python", "scripts/prepare.py", *(flags or ["--config", "CONFIG"]), "--rebuild"])
 
 
 def log_to_stderr(line: str) -> None:
@@ -192,14 +202,14 @@ def _open_tokenizer(folder: Path, fingerprint: str) -> StoryTokenizer:
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"stored tokenizer {folder} is damaged ({error}); rebuild it with: {REBUILD_COMMAND}"
+            f"stored tokenizer {folder} is damaged ({error}); rebuild it with: {rebuild_command()}"
         ) from error
     expected = (fingerprint, tokenizer.sha256)
     for name, got, wanted in zip(("fingerprint", "SHA-256 of " + TOKENIZER_FILE), found, expected, strict=True):
         if got != wanted:
             raise UserError(
                 f"stored tokenizer {folder}: {_META_FILE} has {name} {got}, expected {wanted}; "
-                f"rebuild it with: {REBUILD_COMMAND}"
+                f"rebuild it with: {rebuild_command()}"
             )
     return tokenizer
 
@@ -220,7 +230,7 @@ def _prepare_cache(
     if not reused:
         log(f"{source.split}: encoding the stories of {_name_of(source)}")
         write_cache(source, tokenizer, folder, identity=identity, show_progress=show_progress, replace=rebuild)
-    cache = open_cache(folder, fingerprint=fingerprint, rebuild_command=REBUILD_COMMAND)
+    cache = open_cache(folder, fingerprint=fingerprint, rebuild_command=rebuild_command())
     counts = f"{cache.manifest.num_stories:,} stories, {cache.manifest.num_tokens:,} tokens"
     log(f"{source.split}: {'reusing' if reused else 'wrote'} {folder} ({counts})")
     return cache
@@ -247,7 +257,7 @@ def _memo_path(data: DataConfig) -> Path:
 
 def _name_of(source: StorySource) -> str:
     named = {"hub": f"{source.hub_name} ({source.split})", "files": source.files}
-    return named.get(source.kind, f"the bundled {source.kind} ({source.split})")
+    return named.get(source.kind, f"the bundled sample ({source.split}; made up, not TinyStories)")
 
 
 def count_shared_stories(one: TokenCache, other: TokenCache) -> int:

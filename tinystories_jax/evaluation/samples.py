@@ -12,6 +12,7 @@ from tinystories_jax.errors import UserError
 from tinystories_jax.model.generate import Sampling, generate, generate_chunks
 from tinystories_jax.model.transformer import Params
 
+_MOST_ROWS = 64  # in one batch: bounds the KV cache however many stories are asked for
 _STREAM_CHUNK = 8  # tokens between two looks at the device: as smooth as reading, and few round trips
 
 
@@ -36,16 +37,19 @@ def write_stories(
 ) -> list[Story]:
     """Returns one story per prompt; the same arguments give the same stories."""
     prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
-    texts = generate(
-        params,
-        prompt_ids,
-        config.model,
-        sampling,
-        key=jax.random.key(seed),
-        end_token=END_OF_STORY_ID,
-        context_length=config.data.sequence_length,
-        max_new_tokens=max_new_tokens,
-    )
+    texts: list[list[int]] = []
+    for start in range(0, len(prompt_ids), _MOST_ROWS):
+        texts += generate(
+            params,
+            prompt_ids[start : start + _MOST_ROWS],
+            config.model,
+            sampling,
+            key=jax.random.key(seed),
+            end_token=END_OF_STORY_ID,
+            context_length=config.data.sequence_length,
+            max_new_tokens=max_new_tokens,
+            first_row=start,
+        )
     stories = []
     for prompt, prompt_id, text in zip(prompts, prompt_ids, texts, strict=True):
         finished = len(text) > len(prompt_id) and text[-1] == END_OF_STORY_ID

@@ -85,10 +85,12 @@ def generate(
     end_token: int,
     context_length: int,
     max_new_tokens: int,
+    first_row: int = 0,
 ) -> list[list[int]]:
     """Returns prompt + new tokens of each row; a row ends after `end_token`, `max_new_tokens` or at `context_length`.
 
-    The draw for token n of row i depends on (key, i, n) alone. Raises `UserError` for prompts that leave no room.
+    The draw for token n of row i, counted from `first_row`, depends on (key, i, n) alone. Raises
+    `UserError` for prompts that leave no room.
     """
     *_, texts = generate_chunks(
         params,
@@ -100,6 +102,7 @@ def generate(
         context_length=context_length,
         max_new_tokens=max_new_tokens,
         chunk_size=max_new_tokens,
+        first_row=first_row,
     )
     return texts
 
@@ -201,7 +204,7 @@ def _append(
 ) -> DecodeState:
     """Returns the state with one drawn token more in every row that is not finished."""
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, state.num_new)
-    next_B = _sample(logits_BV, state, keys_B, draw, filters)
+    next_B = _sample(logits_BV, state, keys_B, draw, filters, end_token)
     cache_length = state.tokens_BS.shape[1]
     rows = jnp.arange(next_B.shape[0])
     # A finished row writes outside the array, which JAX drops.
@@ -215,9 +218,11 @@ def _append(
     )
 
 
-def _sample(logits_BV: jax.Array, state: DecodeState, keys_B: jax.Array, draw: _Draw, filters: _Filters) -> jax.Array:
+def _sample(
+    logits_BV: jax.Array, state: DecodeState, keys_B: jax.Array, draw: _Draw, filters: _Filters, end_token: int
+) -> jax.Array:
     if filters.penalize:
-        logits_BV = _penalize(logits_BV, state, draw.repetition_penalty)
+        logits_BV = _penalize(logits_BV, state, draw.repetition_penalty, end_token)
     if filters.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / draw.temperature
@@ -234,10 +239,12 @@ def _sample(logits_BV: jax.Array, state: DecodeState, keys_B: jax.Array, draw: _
     return jnp.take_along_axis(order_BV, ranks_B[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
-def _penalize(logits_BV: jax.Array, state: DecodeState, penalty: jax.Array) -> jax.Array:
+def _penalize(logits_BV: jax.Array, state: DecodeState, penalty: jax.Array, end_token: int) -> jax.Array:
     batch_size, cache_length = state.tokens_BS.shape
     written_BS = jnp.arange(cache_length)[None] < state.lengths_B[:, None]
     seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(batch_size)[:, None], state.tokens_BS].max(written_BS)
+    # The end token that stands before every text is no part of it: penalized, it would keep stories from ending.
+    seen_BV = seen_BV.at[:, end_token].set(False)
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, penalized_BV, logits_BV)
 

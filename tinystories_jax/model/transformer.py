@@ -8,6 +8,7 @@ D model width, H query heads, G key/value heads, K head width, F feed-forward wi
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from tinystories_jax.config import ModelConfig
 Params = dict[str, Any]
 
 _INIT_STD = 0.02
+_INIT_OWN_SHARE = 0.03
 _NORM_EPSILON = 1e-5
 _NUM_QUERY_BLOCKS = 4
 
@@ -32,9 +34,10 @@ class KVCache(NamedTuple):
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Returns fresh float32 parameters: matrices normal(0, 0.02), those that write into the residual stream smaller.
+    """Returns fresh float32 parameters: matrices normal(0, 0.02), but for two kinds.
 
-    The residual outputs shrink by 1 / sqrt(2 num_layers) (GPT-2, Radford et al. 2019, section 2.3).
+    Those that write into the residual stream are smaller by 1 / sqrt(2 num_layers) (GPT-2, Radford et al. 2019, section
+    2.3). Embeddings are as large as they can be while the loss still starts near ln V (see `_embedding_std`).
     """
     model = Transformer(config, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -117,8 +120,7 @@ class Transformer(nnx.Module):
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.d_model,
-            dtype=jnp.dtype(config.dtype),
-            embedding_init=nnx.initializers.normal(_INIT_STD),
+            embedding_init=nnx.initializers.normal(_embedding_std(config)),
             rngs=rngs,
         )
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
@@ -130,7 +132,7 @@ class Transformer(nnx.Module):
         self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
         """Returns normalised hidden_BTD, and each layer's keys_BTGK (rotated) and values_BTGK."""
-        hidden_BTD = self.embed_tokens(tokens_BT)
+        hidden_BTD = self._embed(tokens_BT)
         rotation = _rotation(jnp.arange(tokens_BT.shape[1])[None], self.config)
         keys_and_values = []
         for index, layer in enumerate(self.layers):
@@ -145,13 +147,18 @@ class Transformer(nnx.Module):
         self, tokens_BT: jax.Array, positions_B: jax.Array, caches: list[KVCache]
     ) -> tuple[jax.Array, list[KVCache]]:
         """Returns normalised hidden_BTD of one new token a row (T = 1) and the caches with its keys and values."""
-        hidden_BTD = self.embed_tokens(tokens_BT)
+        hidden_BTD = self._embed(tokens_BT)
         rotation = _rotation(positions_B[:, None], self.config)
         new_caches = []
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden_BTD, cache = layer.cached(hidden_BTD, rotation, positions_B, cache)
             new_caches.append(cache)
         return self.norm(hidden_BTD), new_caches
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        # Rows first, then the cast: the other way round their gradients add up in bf16, where the thousandth "the" of a
+        # batch is too small to count.
+        return self.embed_tokens.embedding[...][tokens_BT].astype(self.config.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits (..., V): the last product accumulates in float32 whatever the activations are."""
@@ -208,8 +215,7 @@ class Attention(nnx.Module):
         self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation)
-        # cuDNN's flash attention takes 16-bit types only, and asking for it elsewhere raises.
-        if jax.default_backend() == "gpu" and self.config.dtype == "bfloat16":
+        if uses_flash_attention(self.config, jax.devices()[0]):
             attended_BTHK = jax.nn.dot_product_attention(
                 queries_BTHK, keys_BTGK, values_BTGK, is_causal=True, implementation="cudnn"
             )
@@ -264,6 +270,13 @@ def _run_layer(layer: DecoderLayer, *arguments: Any) -> Any:
     return layer(*arguments)
 
 
+def _embedding_std(config: ModelConfig) -> float:
+    # The residual stream starts as the embedding of the token just read, so with tied embeddings that very token starts
+    # with a logit of about std x d_model while all others are near 0. This std lets it outweigh 3 % of the vocabulary:
+    # larger embeddings learn faster, and still larger ones would start by predicting every word twice.
+    return math.log(max(_INIT_OWN_SHARE * config.vocab_size, 1.5)) / config.d_model
+
+
 def _residual_std(config: ModelConfig) -> float:
     return _INIT_STD / (2 * config.num_layers) ** 0.5
 
@@ -284,6 +297,15 @@ def _fused_linear(hidden_BTD: jax.Array, *layers: nnx.Linear) -> list[jax.Array]
     kernels = [layer.kernel[...].astype(hidden_BTD.dtype) for layer in layers]
     splits = [sum(kernel.shape[1] for kernel in kernels[: index + 1]) for index in range(len(kernels) - 1)]
     return jnp.split(hidden_BTD @ jnp.concatenate(kernels, axis=1), splits, axis=-1)
+
+
+def uses_flash_attention(config: ModelConfig, device: Any) -> bool:
+    """Returns whether `device` runs cuDNN's flash attention for this model: CUDA from Ampere on, bfloat16, and a head
+    width that is a multiple of 8 up to 128. Asking for it elsewhere raises."""
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    fits = config.dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return fits and float(device.compute_capability) >= 8.0
 
 
 def _causal_attention(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK: jax.Array) -> jax.Array:

@@ -5,9 +5,12 @@ micro-step); `meta` (update, resolved config, tokenizer, fingerprints of the dat
 needs); `metrics` (validation loss, where it was measured). Only committed checkpoints are ever seen.
 """
 
+import contextlib
 import json
 import logging
 import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from tinystories_jax.training.steps import TrainState
 
 _ITEMS = ("params", "training", "meta")
 # orbax says at each step what it does through absl's logger; what a user must know reaches them as an exception.
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -90,31 +94,56 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        with self._explain():
+            self._manager.close()
+
+    def check(self) -> None:
+        """Raises what a background save has raised since."""
+        with self._explain():
+            self._manager.check_for_errors()
 
     def save(self, state: TrainState, meta: Meta, *, valid_loss: float | None) -> None:
         """Starts saving; returns once the arrays are copied to the host. A failed earlier save is raised here."""
         training = {"micro_step": state.micro_step, "opt_state": state.opt_state}
-        self._manager.save(
-            meta.update,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(training),
-                meta=ocp.args.JsonSave(meta.to_json()),
-            ),
-            metrics=None if valid_loss is None else {"valid_loss": valid_loss},
-        )
+        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB but {free / 1e6:,.0f} MB are free; those "
+                "before are intact: make room and run the same command again"
+            )
+        with self._explain():
+            self._manager.save(
+                meta.update,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    training=ocp.args.StandardSave(training),
+                    meta=ocp.args.JsonSave(meta.to_json()),
+                ),
+                metrics=None if valid_loss is None else {"valid_loss": valid_loss},
+            )
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises what a background save raised."""
-        self._manager.wait_until_finished()
+        with self._explain():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written ({reason[0][:300]}); those before are intact: make "
+                "room and run the same command again"
+            ) from error
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
         """Returns the update of the best validation loss among the kept checkpoints, None when none was evaluated."""
-        return self._manager.best_step() if self._manager.latest_step() is not None else None
+        return self._manager.best_step()
 
     def restore(self, update: int, like: TrainState) -> tuple[TrainState, Meta]:
         """Returns the state saved at `update`, laid out as `like`, and what stands beside it."""
@@ -130,6 +159,12 @@ class Checkpoints:
         )
         meta = Meta.from_json(items["meta"], str(self.folder / str(update)))
         return TrainState(items["training"]["micro_step"], items["params"], items["training"]["opt_state"]), meta
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Returns whether `run` holds a finished checkpoint."""
+    folder = run / "checkpoints"
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
 
 def restore_params(run: Path, step: str = "best") -> tuple[Params, Meta]:

@@ -6,6 +6,7 @@ Everything that it leaves behind stands in the workdir, so that rerunning the sa
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -27,10 +28,10 @@ from tinystories_jax.data.prepare import PreparedData, prepare_data
 from tinystories_jax.data.tokenizer import StoryTokenizer, load_tokenizer, save_tokenizer
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.samples import check_prompts, write_stories
-from tinystories_jax.evaluation.validation import ValidationScores, article_mask, validate
+from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.generate import Sampling
-from tinystories_jax.model.transformer import Params, num_params
-from tinystories_jax.training.checkpoint import Checkpoints, Meta
+from tinystories_jax.model.transformer import Params, num_params, uses_flash_attention
+from tinystories_jax.training.checkpoint import Checkpoints, Meta, has_checkpoint
 from tinystories_jax.training.metrics import (
     MetricsLog,
     ProgressLine,
@@ -41,6 +42,11 @@ from tinystories_jax.training.metrics import (
 )
 from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
 from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
+
+_NON_FINITE_ADVICE = (
+    "In a new --workdir try a lower --config.optim.learning_rate, a longer --config.optim.warmup_updates, "
+    "or --config.model.dtype=float32"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class TrainResult:
         minutes, seconds = divmod(round(self.seconds), 60)
         lines = [f"update {self.update:,} of {self.total_updates:,} in {minutes} min {seconds} s"]
         if self.signal:
-            lines[0] += f", stopped by {signal.Signals(self.signal).name} and saved; the same command goes on from here"
+            saved = " and saved" if self.update else " before the first update"
+            lines[0] += f", stopped by {signal.Signals(self.signal).name}{saved}; the same command goes on from here"
         elif self.stopped_early:
             lines[0] += ", stopped early: no better validation loss for eval.early_stopping_patience evaluations"
         if self.best_update is not None:
@@ -72,7 +79,7 @@ class TrainResult:
                 f"{self.bits_per_byte:.4f} bits per byte"
             )
         command = f"python scripts/sample.py --checkpoint {shlex.quote(str(self.workdir))}"
-        return "\n".join([*lines, f"write stories with: {command}"])
+        return "\n".join([*lines, f"write stories with: {command}"] if self.update else lines)
 
 
 def train(config: Config, workdir: Path) -> TrainResult:
@@ -98,7 +105,8 @@ def train(config: Config, workdir: Path) -> TrainResult:
     micro_steps = config.train.grad_accum_steps
 
     with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
-        state, update = _start_or_resume(checkpoints, jax.jit(lambda: init_state(config, optimizer))(), data)
+        fresh = jax.jit(lambda: init_state(config, optimizer))()
+        state, update = _start_or_resume(checkpoints, fresh, config, data)
         drop_after(workdir / "samples.jsonl", update)
         writes_board = config.logging.tensorboard and update < schedule.total_updates
         with (
@@ -110,39 +118,43 @@ def train(config: Config, workdir: Path) -> TrainResult:
                 for micro_step in range(update * micro_steps, (update + 1) * micro_steps):
                     block = meter.wait_for(_load_block, data, config, micro_step)
                     state, metrics = train_step(state, block, article_mask_V)
+                    if meter.is_due():  # figures up to the update before, read while the device is busy with this one
+                        log.write(_look(meter, log, progress, checkpoints))
                     meter.add(metrics)
                 update += 1
                 last = update == schedule.total_updates
                 evaluates = last or update % config.eval.every == 0
                 saves = last or update % config.checkpoint.every == 0 or update in epoch_ends
-                if not (evaluates or saves or stop.signal or meter.is_due(update)):
+                if not (evaluates or saves):
                     continue
-                rows = meter.read(checkpoints.latest())
-                progress.show(update, text=meter.text(), eta_seconds=meter.eta_seconds())
+                rows = _look(meter, log, progress, checkpoints)
                 valid_loss = None
                 if evaluates:
-                    scores, improved = _evaluate(state.params, data, config, article_mask_V, log, rows, progress)
+                    valid_loss, improved = _evaluate(state.params, data, config, article_mask_V, log, rows, progress)
                     progress.note(_sample(state.params, data.tokenizer, config, update, workdir))
-                    valid_loss, saves = scores.loss, saves or improved
+                    saves = saves or improved
                 log.write(rows)
-                if saves or stop.signal:
-                    meta = Meta(update, config, data.tokenizer, *_fingerprints(data))
-                    checkpoints.save(state, meta, valid_loss=valid_loss)
-                if evaluates or saves:
-                    meter.restart()
+                if saves:
+                    checkpoints.save(state, _meta(update, config, data), valid_loss=valid_loss)
+                meter.restart()
+            if (
+                update and checkpoints.latest() != update
+            ):  # stopped between two saves, by a signal or for lack of patience
+                log.write(_look(meter, log, progress, checkpoints))
+                checkpoints.save(state, _meta(update, config, data), valid_loss=None)
             checkpoints.wait()
             best_update = checkpoints.best()
-            best = log.evaluations.get(best_update) if best_update is not None else None
+            best = log.evaluations.get(best_update, {}) if best_update is not None else {}
             return TrainResult(
                 workdir=workdir,
                 update=update,
                 total_updates=schedule.total_updates,
                 best_update=best_update,
-                best_loss=best["valid/loss"] if best else None,
-                bits_per_byte=best["valid/bits_per_byte"] if best else None,
+                best_loss=best.get("valid/loss"),
+                bits_per_byte=best.get("valid/bits_per_byte"),
                 seconds=time.perf_counter() - started,
                 stopped_early=update < schedule.total_updates and not stop.signal,
-                signal=stop.signal,
+                signal=stop.signal if update < schedule.total_updates else None,
             )
 
 
@@ -158,14 +170,18 @@ def _load_block(data: PreparedData, config: Config, micro_step: int) -> jax.Arra
     )
 
 
+def _meta(update: int, config: Config, data: PreparedData) -> Meta:
+    return Meta(update, config, data.tokenizer, *_fingerprints(data))
+
+
 def _fingerprints(data: PreparedData) -> tuple[str, str]:
     return data.train.manifest.fingerprint, data.valid.manifest.fingerprint
 
 
 def _claim_workdir(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> None:
-    """Writes config and tokenizer into a new run; refuses a run that `config` would not continue."""
+    """Writes config and tokenizer into the run; refuses one with checkpoints that `config` would not continue."""
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and has_checkpoint(workdir):
         try:
             of_run = from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (json.JSONDecodeError, UnicodeDecodeError, UserError) as error:
@@ -179,7 +195,6 @@ def _claim_workdir(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> 
                 [f"{workdir} holds another run; give another --workdir, or the run's own values:"]
                 + [f"  {line}" for line in differing]
             )
-        return
     save_tokenizer(tokenizer, workdir / "tokenizer")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
@@ -190,19 +205,28 @@ def _announce(config: Config, workdir: Path) -> None:
     schedule, device = config.schedule, jax.devices()[0]
     assert schedule is not None
     tokens_per_update = schedule.blocks_per_update * config.data.sequence_length
+    attention = "cuDNN flash" if uses_flash_attention(config.model, device) else "plain, by blocks of queries"
+    # Parameters, AdamW's two moments and the sum of gradients, all float32.
+    checkpoint_megabytes = num_params(config.model) * 4 * 4 / 1e6
+    kept = config.checkpoint.keep + 1 + len(schedule.epoch_ends)
     lines = [
         f"run       {workdir}",
-        f"device    {device.device_kind} x {jax.device_count()}",
+        f"device    {device.device_kind}, attention: {attention}",
         f"model     {num_params(config.model):,} parameters, {config.model.vocab_size:,} tokens, {config.model.dtype}",
         f"schedule  {schedule.total_updates:,} updates of {tokens_per_update:,} tokens, "
         f"{schedule.epoch_at(schedule.total_updates):.2f} epochs, warm-up {schedule.warmup_updates:,} updates",
     ]
+    lines.insert(-1, f"disk      up to {kept:,} checkpoints of {checkpoint_megabytes:,.1f} MB")
+    if config.data.source == "sample":
+        lines.insert(1, "stories   the bundled sample: made up by this project, not TinyStories")
     if schedule.warmup_updates < config.optim.warmup_updates:
         lines[-1] += f" (optim.warmup_updates={config.optim.warmup_updates:,} cut to half of the run)"
     print("\n".join(lines), file=sys.stderr)
 
 
-def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, data: PreparedData) -> tuple[TrainState, int]:
+def _start_or_resume(
+    checkpoints: Checkpoints, fresh: TrainState, config: Config, data: PreparedData
+) -> tuple[TrainState, int]:
     latest = checkpoints.latest()
     if latest is None:
         return fresh, 0
@@ -211,13 +235,32 @@ def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, data: Prepared
         ("train", "validation"), (meta.train_fingerprint, meta.valid_fingerprint), _fingerprints(data), strict=True
     ):
         if saved != now:
+            before, given = dataclasses.asdict(meta.config.data), dataclasses.asdict(config.data)
+            differing = [
+                f"data.{key}: {before[key]!r} then, {given[key]!r} now" for key in given if before[key] != given[key]
+            ]
             raise UserError(
-                f"{checkpoints.folder.parent}: the run was trained on the {split} cache {saved[:16]}, the data "
-                f"now gives {now[:16]}; give back the same stories, or another --workdir"
+                f"{checkpoints.folder.parent}: the run was trained on other stories (its {split} cache is {saved[:16]}"
+                f", the data now gives {now[:16]}; {'; '.join(differing) or 'the same fields, so other contents'}); "
+                "give back the same stories, or another --workdir"
             )
     finished = meta.config.schedule is not None and latest >= meta.config.schedule.total_updates
     print(f"resumed   after update {latest:,}{', nothing left to do' * finished}", file=sys.stderr)
     return state, latest
+
+
+def _look(meter: "_Meter", log: MetricsLog, progress: ProgressLine, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+    """Waits for the device; returns the rows not written yet, and raises what went wrong since the last look."""
+    rows, problem = meter.read()
+    if problem:
+        log.write(rows)
+        last = checkpoints.latest()
+        kept = "no checkpoint was saved" if last is None else f"the last checkpoint is update {last}"
+        raise UserError(f"{problem}; {kept}. {_NON_FINITE_ADVICE}")
+    checkpoints.check()
+    if rows:
+        progress.show(rows[-1]["update"], text=meter.text(rows[-1]), eta_seconds=meter.eta_seconds())
+    return rows
 
 
 def _evaluate(
@@ -228,9 +271,12 @@ def _evaluate(
     log: MetricsLog,
     rows: list[dict[str, Any]],
     progress: ProgressLine,
-) -> tuple[ValidationScores, bool]:
-    """Adds the validation scores to the newest row; returns them and whether the loss is the best so far."""
+) -> tuple[float, bool]:
+    """Adds the validation scores to the newest row; returns the loss and whether it is the best so far."""
     scores = validate(params, data.valid, config, article_mask_V)
+    if not math.isfinite(scores.loss):
+        log.write(rows)
+        raise UserError(f"update {rows[-1]['update']}: the validation loss is not finite. {_NON_FINITE_ADVICE}")
     improved = scores.loss < min((row["valid/loss"] for row in log.evaluations.values()), default=float("inf"))
     rows[-1] |= {
         "valid/loss": scores.loss,
@@ -243,7 +289,7 @@ def _evaluate(
         f"update {rows[-1]['update']}: validation loss {scores.loss:.4f}, {scores.bits_per_byte:.4f} bits per byte, "
         f"articles: loss {scores.article_loss:.3f}, recall {scores.article_recall:.1%}{best}"
     )
-    return scores, improved
+    return scores.loss, improved
 
 
 def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, update: int, workdir: Path) -> str:
@@ -270,7 +316,9 @@ def _out_of_patience(config: Config, log: MetricsLog) -> bool:
 class _Meter:
     """Collects the metrics of micro-steps on the device, and reads them with the clock when they are due.
 
-    Evaluations, checkpoints and the first update of a process, which compiles, are not part of tokens per second.
+    Evaluations, checkpoints and the first update of a process, which compiles, are not part of tokens per second. The
+    share of time waiting for data is the host's time in `batch_at` and in starting the transfer: since the device has
+    work queued meanwhile, it is what the device can have waited at most.
     """
 
     def __init__(self, config: Config, update: int):
@@ -279,7 +327,6 @@ class _Meter:
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._pending: list[StepMetrics] = []
         self._first_update, self._update = update + 1, update
-        self._row: dict[str, Any] = {}
         self._speed = 0.0  # tokens per second
         self.restart()
 
@@ -296,11 +343,17 @@ class _Meter:
     def add(self, metrics: StepMetrics) -> None:
         self._pending.append(metrics)
 
-    def is_due(self, update: int) -> bool:
-        return update == self._first_update or update % self._config.logging.every == 0
+    def is_due(self) -> bool:
+        """Says whether the updates that are complete end with one that is looked at."""
+        new, begun = divmod(len(self._pending), self._config.train.grad_accum_steps)
+        update = self._update + new
+        return new > 0 and not begun and (update == self._first_update or update % self._config.logging.every == 0)
 
-    def read(self, last_checkpoint: int | None) -> list[dict[str, Any]]:
-        """Waits for the device; returns one row per update since the last call, speed on the newest one."""
+    def read(self) -> tuple[list[dict[str, Any]], str | None]:
+        """Waits for the device; returns one row per update since the last call, speed on the newest one.
+
+        The rows end before an update that is not finite, which the second value then describes.
+        """
         per_update = self._config.train.grad_accum_steps
         values = np.array(jax.device_get(self._pending), np.float64).reshape(-1, per_update, 3)
         self._pending = []
@@ -308,9 +361,10 @@ class _Meter:
         rows = []
         tokens_per_update = self._schedule.blocks_per_update * self._config.data.sequence_length
         for micro_steps in values:
-            self._update += 1
             if not np.isfinite(micro_steps).all():
-                raise UserError(_non_finite_message(self._update, micro_steps[:, 0], last_checkpoint))
+                what = "loss" if not np.isfinite(micro_steps[:, 0]).all() else "gradient"
+                return rows, f"update {self._update + 1}: the {what} is not finite"
+            self._update += 1
             rows.append(
                 {
                     "update": self._update,
@@ -321,23 +375,21 @@ class _Meter:
                     "train/learning_rate": float(micro_steps[-1, 2]),
                 }
             )
-        if self._update > self._first_update:
+        if rows and self._update > self._first_update:
             self._speed = len(rows) * tokens_per_update / seconds
             rows[-1] |= {
                 "train/tokens_per_second": self._speed,
                 "train/mfu": model_flops_utilization(self._speed, self._flops_per_token),
                 "train/data_wait_fraction": self._waited / seconds,
             }
-        self._row = rows[-1]
         self.restart()
-        return rows
+        return rows, None
 
     def eta_seconds(self) -> float | None:
         left = (self._schedule.total_updates - self._update) * self._schedule.blocks_per_update
         return left * self._config.data.sequence_length / self._speed if self._speed else None
 
-    def text(self) -> str:
-        row = self._row
+    def text(self, row: dict[str, Any]) -> str:
         parts = [
             f"epoch {row['epoch']:.2f}",
             f"loss {row['train/loss']:.3f}",
@@ -351,15 +403,6 @@ class _Meter:
                 f"data {row['train/data_wait_fraction']:.1%}",
             ]
         return "  ".join(parts)
-
-
-def _non_finite_message(update: int, losses: np.ndarray, last_checkpoint: int | None) -> str:
-    what = "loss" if not np.isfinite(losses).all() else "gradient"
-    kept = "no checkpoint was saved" if last_checkpoint is None else f"the last checkpoint is update {last_checkpoint}"
-    return (
-        f"update {update}: the {what} is not finite; {kept}. In a new --workdir try a lower "
-        "--config.optim.learning_rate, a longer --config.optim.warmup_updates, or --config.model.dtype=float32"
-    )
 
 
 class _StopSignals:
@@ -396,5 +439,6 @@ def _explain_out_of_memory(config: Config) -> Iterator[None]:
         raise UserError(
             f"out of memory on {jax.devices()[0].device_kind} with train.batch_size={batch_size}; "
             f"try --config.train.batch_size={max(1, batch_size // 2)} "
-            f"--config.train.grad_accum_steps={micro_steps * 2}, the same update in smaller pieces"
+            f"--config.train.grad_accum_steps={micro_steps * 2}, the same update in smaller pieces, in another "
+            "--workdir if this one has checkpoints; or --config.model.remat=True, slower"
         ) from error

@@ -45,9 +45,9 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def model_flops_utilization(tokens_per_second: float, flops_per_token: float) -> float | None:
-    """Returns the share of the devices' dense bf16 peak, None for a device whose peak is not in the table."""
+    """Returns the share of the device's dense bf16 peak, None for a device whose peak is not in the table."""
     peak = PEAK_BF16_FLOPS.get(jax.devices()[0].device_kind)
-    return None if peak is None else tokens_per_second * flops_per_token / (peak * jax.device_count())
+    return None if peak is None else tokens_per_second * flops_per_token / peak
 
 
 class MetricsLog:

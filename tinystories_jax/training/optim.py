@@ -20,8 +20,6 @@ def learning_rate_schedule(optim: OptimConfig, schedule: Schedule) -> optax.Sche
 
     Update number `warmup_updates` runs at the peak and update number `total_updates`, the last, at the minimum.
     """
-    if schedule.warmup_updates == schedule.total_updates:
-        return optax.constant_schedule(optim.learning_rate)
     curve = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=optim.learning_rate,
