@@ -16,7 +16,10 @@ def get_config() -> ConfigDict:
     config: Any = runpy.run_path(str(Path(__file__).with_name("cpu_real.py")))["get_config"]()
     config.data.source = "sample"
     config.tokenizer.vocab_size = 2_048  # tokens; the made-up stories have few words
-    config.train.max_updates = 300
-    config.optim.warmup_updates = 30
-    config.eval.max_batches = 8  # validation batches
+    config.train.batch_size = 16  # small updates, and many: what learns fastest in a few minutes
+    config.train.max_updates = 600
+    config.optim.warmup_updates = 60
+    config.eval.every = 200
+    config.eval.max_batches = 16  # validation batches
+    config.checkpoint.every = 200
     return config
