@@ -155,8 +155,10 @@ def parameter_bytes(workdir: Path, step: str = "latest") -> dict[str, bytes]:
 
 
 def contents_of(folder: Path) -> dict[str, str]:
-    """Returns the hashes of all files but TensorBoard's, by path."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "tensorboard" not in path.parts]
+    """Returns the hashes of all files by path, but TensorBoard's and the memory of what sources hashed to, which is
+    written only once a source is old enough to be trusted."""
+    left_out = {"tensorboard", "source_hashes.json"}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not left_out.intersection(path.parts)]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -88,8 +88,7 @@ def train(config: Config, workdir: Path) -> TrainResult:
     Raises `UserError` for anything that the user can mend; what was saved before stays.
     """
     started = time.perf_counter()
-    # Before hours of preparing data: a place that cannot be written is noticed here.
-    workdir.mkdir(parents=True, exist_ok=True)
+    _check_can_be_made(workdir)
     data = prepare_data(config)
     blocks = num_blocks(len(data.train.tokens), config.data.sequence_length)
     config = with_data(config, vocab_size=data.tokenizer.vocab_size, num_blocks=blocks)
@@ -178,6 +177,14 @@ def _fingerprints(data: PreparedData) -> tuple[str, str]:
     return data.train.manifest.fingerprint, data.valid.manifest.fingerprint
 
 
+def _check_can_be_made(workdir: Path) -> None:
+    """Raises OSError now, and not after hours of preparing data, where no folder can be made; leaves none behind."""
+    is_new = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        workdir.rmdir()
+
+
 def _claim_workdir(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> None:
     """Writes config and tokenizer into the run; refuses one with checkpoints that `config` would not continue."""
     path = workdir / "config.json"
@@ -195,6 +202,7 @@ def _claim_workdir(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> 
                 [f"{workdir} holds another run; give another --workdir, or the run's own values:"]
                 + [f"  {line}" for line in differing]
             )
+    workdir.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, workdir / "tokenizer")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
