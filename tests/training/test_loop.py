@@ -149,3 +149,10 @@ def test_other_stories_are_refused_by_field_and_fingerprint(config, tmp_path, st
     tokenizer = change(config, "tokenizer", path=str(tmp_path / "run" / "tokenizer"))
     with pytest.raises(UserError, match=r"trained on other stories.*data\.train_files: .*other\.txt"):
         train(change(tokenizer, "data", train_files=str(other)), tmp_path / "run")
+
+
+def test_without_its_config_json_a_run_is_still_not_continued_with_other_values(config, tmp_path):
+    train(config, tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"optim\.learning_rate: the run has 0\.004, requested 0\.003"):
+        train(change(config, "optim", learning_rate=0.003), tmp_path)

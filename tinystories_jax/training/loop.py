@@ -136,9 +136,8 @@ def train(config: Config, workdir: Path) -> TrainResult:
                 if saves:
                     checkpoints.save(state, _meta(update, config, data), valid_loss=valid_loss)
                 meter.restart()
-            if (
-                update and checkpoints.latest() != update
-            ):  # stopped between two saves, by a signal or for lack of patience
+            # Stopped between two saves, by a signal or for lack of patience.
+            if update and checkpoints.latest() != update:
                 log.write(_look(meter, log, progress, checkpoints))
                 checkpoints.save(state, _meta(update, config, data), valid_loss=None)
             checkpoints.wait()
@@ -239,6 +238,12 @@ def _start_or_resume(
     if latest is None:
         return fresh, 0
     state, meta = checkpoints.restore(latest, fresh)
+    # Again, and against the checkpoint itself: config.json may have been lost or replaced.
+    if differing := contradictions(meta.config, config):
+        raise UserError(
+            [f"{checkpoints.folder.parent} holds checkpoints of another run; give another --workdir or these:"]
+            + [f"  {line}" for line in differing]
+        )
     for split, saved, now in zip(
         ("train", "validation"), (meta.train_fingerprint, meta.valid_fingerprint), _fingerprints(data), strict=True
     ):
