@@ -21,7 +21,7 @@ from tests.test_cli import ROOT, error_line, error_lines, interrupt, run_script,
 
 SEPARATOR = "\n<|endoftext|>\n"
 PROMPTS = ["Once upon a time", "Tom had a", "A girl saw the red"]
-TIMES = ("train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
+TIMES = ("seconds", "train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
 CONTEXT, BLOCKS_PER_UPDATE, EVAL_EVERY = 32, 8, 4
 TINY = [
     "--config=configs/cpu_real.py",

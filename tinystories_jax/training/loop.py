@@ -112,7 +112,7 @@ def train(config: Config, workdir: Path) -> TrainResult:
             MetricsLog(workdir, resume_after=update, tensorboard=writes_board) as log,
             ProgressLine(total=schedule.total_updates, initial=update) as progress,
         ):
-            meter = _Meter(config, update)
+            meter = _Meter(config, update, log.seconds)
             while update < schedule.total_updates and not stop.signal and not _out_of_patience(config, log):
                 for micro_step in range(update * micro_steps, (update + 1) * micro_steps):
                     block = meter.wait_for(_load_block, data, config, micro_step)
@@ -334,8 +334,9 @@ class _Meter:
     work queued meanwhile, it is what the device can have waited at most.
     """
 
-    def __init__(self, config: Config, update: int):
+    def __init__(self, config: Config, update: int, seconds_before: float):
         assert config.schedule is not None
+        self._run_began = time.perf_counter() - seconds_before
         self._config, self._schedule = config, config.schedule
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._pending: list[StepMetrics] = []
@@ -363,9 +364,10 @@ class _Meter:
         return new > 0 and not begun and (update == self._first_update or update % self._config.logging.every == 0)
 
     def read(self) -> tuple[list[dict[str, Any]], str | None]:
-        """Waits for the device; returns one row per update since the last call, speed on the newest one.
+        """Waits for the device; returns one row per update since the last call, times on the newest one.
 
-        The rows end before an update that is not finite, which the second value then describes.
+        `seconds` counts the run's wall time after its data was ready, compiling and evaluations included, over all the
+        processes that it took. The rows end before an update that is not finite, which the second value then describes.
         """
         per_update = self._config.train.grad_accum_steps
         values = np.array(jax.device_get(self._pending), np.float64).reshape(-1, per_update, 3)
@@ -388,6 +390,8 @@ class _Meter:
                     "train/learning_rate": float(micro_steps[-1, 2]),
                 }
             )
+        if rows:
+            rows[-1]["seconds"] = time.perf_counter() - self._run_began
         if rows and self._update > self._first_update:
             self._speed = len(rows) * tokens_per_update / seconds
             rows[-1] |= {

@@ -53,7 +53,8 @@ def model_flops_utilization(tokens_per_second: float, flops_per_token: float) ->
 class MetricsLog:
     """Appends rows to WORKDIR/metrics.jsonl and to TensorBoard; each update stands there exactly once.
 
-    `evaluations` holds the rows with a validation loss, by update, in order.
+    `evaluations` holds the rows with a validation loss, by update, in order; `seconds` what the run had taken when it
+    was opened.
     """
 
     def __init__(self, workdir: Path, *, resume_after: int, tensorboard: bool):
@@ -61,6 +62,7 @@ class MetricsLog:
         path = workdir / "metrics.jsonl"
         rows = _keep_until(path, resume_after)
         self.evaluations = {row["update"]: row for row in rows if row.get("valid/loss") is not None}
+        self.seconds: float = max((row["seconds"] for row in rows if "seconds" in row), default=0.0)
         self._file = path.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
