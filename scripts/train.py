@@ -1,6 +1,8 @@
 """Trains a model, or goes on with a run: tokenizer, token cache and training, whatever is missing.
 
 python scripts/train.py --config configs/top10k.py [--workdir runs/top10k] [--config.SECTION.FIELD=VALUE ...]
+
+Before the first update of a run the doctor's fast checks look for faults that would train without an error.
 """
 
 from pathlib import Path
@@ -10,19 +12,28 @@ from ml_collections import config_flags
 
 from tinystories_jax import cli
 from tinystories_jax.config import resolve
+from tinystories_jax.data.prepare import check_can_be_made, prepare_data
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; runs/NAME_OF_THE_CONFIG when empty.")
+_DOCTOR = flags.DEFINE_bool("doctor", True, "Refuse to start a run that the doctor's fast checks find ill.")
 flags.mark_flag_as_required("config")
 
 
 def main() -> int:
     config = resolve(_CONFIG.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    # Imported once the config is known to be sound: JAX takes seconds to start.
+    workdir = Path(_WORKDIR.value or f"runs/{name}")
+    check_can_be_made(workdir)
+    data = prepare_data(config)
+    # Imported once config and data are known to be sound: JAX takes seconds to start.
+    from tinystories_jax.analysis.doctor import require_health
+    from tinystories_jax.training.checkpoint import has_checkpoint
     from tinystories_jax.training.loop import train
 
-    result = train(config, Path(_WORKDIR.value or f"runs/{name}"))
+    if _DOCTOR.value and not has_checkpoint(workdir):
+        require_health(config, data, workdir)
+    result = train(config, data, workdir)
     print(result.summary())
     return 128 + result.signal if result.signal else 0
 

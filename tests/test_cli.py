@@ -180,7 +180,8 @@ def test_a_config_file_without_sections_is_refused_by_their_names(tmp_path):
 @pytest.mark.parametrize(
     ("script", "names"),
     [
-        ("train", ["--config", "--workdir"]),
+        ("train", ["--config", "--workdir", "--[no]doctor"]),
+        ("doctor", ["--config", "--workdir", "--checkpoint", "--[no]json", "--[no]verbose"]),
         ("prepare", ["--config", "--[no]rebuild"]),
         ("sample", ["--checkpoint", "--step", "--prompt", "--num_samples", "--max_new_tokens", "--temperature"]),
         ("sample", ["--top_k", "--top_p", "--repetition_penalty", "--seed", "--[no]stream"]),
@@ -196,7 +197,8 @@ def test_help_names_the_flags(script, names):
 
 
 def test_every_script_is_in_the_test_of_its_help():
-    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == {"train", "prepare", "sample", "train_tokenizer"}
+    expected = {"train", "prepare", "sample", "train_tokenizer", "doctor"}
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == expected
 
 
 # ---- stories and tokenizers

@@ -24,6 +24,7 @@ PROMPTS = ["Once upon a time", "Tom had a", "A girl saw the red"]
 TIMES = ("seconds", "train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
 CONTEXT, BLOCKS_PER_UPDATE, EVAL_EVERY = 32, 8, 4
 TINY = [
+    "--nodoctor",  # half a minute each time; tests/analysis/test_doctor.py has it on
     "--config=configs/cpu_real.py",
     f"--config.data.sequence_length={CONTEXT}",
     "--config.tokenizer.vocab_size=300",

@@ -11,9 +11,10 @@ import pytest
 
 from tests.tiny import read_tiny_values
 from tinystories_jax.config import Config, resolve
+from tinystories_jax.data.prepare import prepare_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
-from tinystories_jax.training.loop import train
+from tinystories_jax.training.loop import TrainResult, train
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,10 @@ def make_config(stories) -> Config:
 
 def change(config: Config, section: str, **values) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def train_on(config: Config, workdir: Path) -> TrainResult:
+    return train(config, prepare_data(config), workdir)
 
 
 def rows_of(workdir: Path) -> list[dict]:
@@ -69,7 +74,7 @@ def poison(monkeypatch, *, after_updates: int) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_update(config, tmp_path, monkeypatch):
     poison(monkeypatch, after_updates=4)
     with pytest.raises(UserError, match=r"update 5: the loss is not finite; .*update 4.*try a lower"):
-        train(config, tmp_path)
+        train_on(config, tmp_path)
     assert [row["update"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
     assert max(checkpoints_of(tmp_path)) == 4
 
@@ -77,7 +82,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_update(config, tmp_path,
 def test_without_a_checkpoint_the_message_says_so(config, tmp_path, monkeypatch):
     poison(monkeypatch, after_updates=1)
     with pytest.raises(UserError, match=r"update 2: the loss is not finite; no checkpoint was saved"):
-        train(change(config, "logging", every=100), tmp_path)
+        train_on(change(config, "logging", every=100), tmp_path)
 
 
 def test_a_full_disk_spares_the_checkpoints_before_and_the_run_goes_on_with_room(config, tmp_path, monkeypatch):
@@ -90,9 +95,9 @@ def test_a_full_disk_spares_the_checkpoints_before_and_the_run_goes_on_with_room
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", full_from_the_second_time)
         with pytest.raises(UserError, match=r"takes 0 MB but 0 MB are free; .*make room and run the same command"):
-            train(config, tmp_path)
+            train_on(config, tmp_path)
     assert checkpoints_of(tmp_path) == [2]
-    assert train(config, tmp_path).update == 6
+    assert train_on(config, tmp_path).update == 6
 
 
 def test_early_stopping_saves_where_it_stops_and_a_rerun_trains_nothing(config, tmp_path):
@@ -102,12 +107,12 @@ def test_early_stopping_saves_where_it_stops_and_a_rerun_trains_nothing(config, 
     )
     config = change(change(config, "eval", early_stopping_patience=1), "train", max_updates=50)
     config = change(config, "checkpoint", every=100)
-    first = train(config, tmp_path)
+    first = train_on(config, tmp_path)
     assert first.stopped_early
     assert first.update < 50
     assert first.update in checkpoints_of(tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    again = train(config, tmp_path)
+    again = train_on(config, tmp_path)
     assert (again.update, again.stopped_early) == (first.update, True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -120,8 +125,8 @@ def test_the_advice_for_out_of_memory_can_be_followed_in_the_same_workdir(config
     with monkeypatch.context() as patch:
         patch.setattr(loop, "ProgressLine", OutOfMemory)
         with pytest.raises(UserError, match=r"=4; try --config.train.batch_size=2 .*grad_accum_steps=4"):
-            train(config, tmp_path)
-    assert train(change(config, "train", batch_size=2, grad_accum_steps=4), tmp_path).update == 6
+            train_on(config, tmp_path)
+    assert train_on(change(config, "train", batch_size=2, grad_accum_steps=4), tmp_path).update == 6
 
 
 def test_a_signal_before_the_first_update_saves_nothing_and_says_so(config, tmp_path, monkeypatch):
@@ -133,26 +138,26 @@ def test_a_signal_before_the_first_update_saves_nothing_and_says_so(config, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_start_or_resume", start_and_be_stopped)
-        result = train(config, tmp_path)
+        result = train_on(config, tmp_path)
     assert (result.update, result.signal) == (0, signal.SIGTERM)
     assert "before the first update" in result.summary()
     assert "sample.py" not in result.summary()
-    assert train(config, tmp_path).update == 6
+    assert train_on(config, tmp_path).update == 6
 
 
 def test_other_stories_are_refused_by_field_and_fingerprint(config, tmp_path, stories):
-    train(config, tmp_path / "run")
+    train_on(config, tmp_path / "run")
     other = tmp_path / "other.txt"
     separator = "\n<|endoftext|>\n"
     # In another order: as many tokens, so no field of the config tells them apart.
     other.write_text(separator.join(reversed(stories.read_text().split(separator))))
     tokenizer = change(config, "tokenizer", path=str(tmp_path / "run" / "tokenizer"))
     with pytest.raises(UserError, match=r"trained on other stories.*data\.train_files: .*other\.txt"):
-        train(change(tokenizer, "data", train_files=str(other)), tmp_path / "run")
+        train_on(change(tokenizer, "data", train_files=str(other)), tmp_path / "run")
 
 
 def test_without_its_config_json_a_run_is_still_not_continued_with_other_values(config, tmp_path):
-    train(config, tmp_path)
+    train_on(config, tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"optim\.learning_rate: the run has 0\.004, requested 0\.003"):
-        train(change(config, "optim", learning_rate=0.003), tmp_path)
+        train_on(change(config, "optim", learning_rate=0.003), tmp_path)

@@ -282,6 +282,11 @@ def open_cache(folder: str | Path, *, fingerprint: str, rebuild_command: str) ->
     return TokenCache(tokens=tokens, manifest=manifest, folder=folder)
 
 
+def load_hashes(cache: TokenCache) -> np.ndarray:
+    """Returns the memory map of the stories' hashes: xxh3_64 of their UTF-8 bytes, uint64, ascending."""
+    return np.memmap(cache.folder / HASHES_FILE, dtype="<u8", mode="r")
+
+
 def _read_manifest(path: Path) -> Manifest:
     try:
         values = json.loads(path.read_bytes())

@@ -14,10 +14,10 @@ import numpy as np
 
 from tinystories_jax.config import Config, DataConfig, TokenizerConfig
 from tinystories_jax.data.cache import (
-    HASHES_FILE,
     TokenCache,
     cache_fingerprint,
     fingerprint_of,
+    load_hashes,
     new_folder,
     open_cache,
     write_cache,
@@ -69,6 +69,14 @@ def log_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def check_can_be_made(workdir: Path) -> None:
+    """Raises OSError now, and not after hours of preparing data, where no folder can be made; leaves none behind."""
+    is_new = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        workdir.rmdir()
+
+
 def prepare_data(
     config: Config, *, rebuild: bool = False, show_progress: bool = True, log: Callable[[str], None] = log_to_stderr
 ) -> PreparedData:
@@ -112,6 +120,12 @@ def find_data(config: Config) -> PreparedData | None:
         open_cache(folder, fingerprint=fingerprint, rebuild_command=rebuild_command()) for folder, fingerprint in places
     )
     return _gather(tokenizer, train, valid)
+
+
+def expected_fingerprints(config: Config, tokenizer: StoryTokenizer) -> tuple[str, str]:
+    """Returns the fingerprints that the caches of the training and the validation split must have; writes nothing."""
+    train, valid = _identify(_splits(config.data), config.data, remember=False)
+    return cache_fingerprint(tokenizer.sha256, train), cache_fingerprint(tokenizer.sha256, valid)
 
 
 def _splits(data: DataConfig) -> tuple[StorySource, StorySource]:
@@ -324,15 +338,11 @@ def _name_of(source: StorySource) -> str:
 
 def count_shared_stories(one: TokenCache, other: TokenCache) -> int:
     """Returns how many stories stand in both caches, by hash, in memory that does not grow with either."""
-    smaller, larger = sorted((_hashes(one), _hashes(other)), key=len)
+    smaller, larger = sorted((load_hashes(one), load_hashes(other)), key=len)
     return sum(
         int(np.intersect1d(part, _between(smaller, part[0], part[-1]), assume_unique=True).size)
         for part in _chunks(larger)
     )
-
-
-def _hashes(cache: TokenCache) -> np.ndarray:
-    return np.memmap(cache.folder / HASHES_FILE, dtype="<u8", mode="r")
 
 
 def _chunks(hashes: np.ndarray) -> Iterator[np.ndarray]:

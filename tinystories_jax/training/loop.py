@@ -24,7 +24,7 @@ import numpy as np
 
 from tinystories_jax.config import Config, contradictions, from_dict, to_dict, with_data
 from tinystories_jax.data.cache import batch_at, num_blocks
-from tinystories_jax.data.prepare import PreparedData, prepare_data
+from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import StoryTokenizer, load_tokenizer, save_tokenizer
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.samples import check_prompts, write_stories
@@ -52,7 +52,7 @@ _NON_FINITE_ADVICE = (
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended. `best_update` and `best_loss` (nats per token) are None when nothing was evaluated; `seconds`
-    counts this process, data preparation included; `signal` is what stopped it, None when it came to its end."""
+    counts this process, without the preparation of data; `signal` is what stopped it, None when it came to its end."""
 
     workdir: Path
     update: int
@@ -82,14 +82,12 @@ class TrainResult:
         return "\n".join([*lines, f"write stories with: {command}"] if self.update else lines)
 
 
-def train(config: Config, workdir: Path) -> TrainResult:
-    """Trains until `config` is fulfilled, from the latest checkpoint in `workdir` if there is one.
+def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
+    """Trains on `data` until `config` is fulfilled, from the latest checkpoint in `workdir` if there is one.
 
     Raises `UserError` for anything that the user can mend; what was saved before stays.
     """
     started = time.perf_counter()
-    _check_can_be_made(workdir)
-    data = prepare_data(config)
     blocks = num_blocks(len(data.train.tokens), config.data.sequence_length)
     config = with_data(config, vocab_size=data.tokenizer.vocab_size, num_blocks=blocks)
     schedule = config.schedule
@@ -174,14 +172,6 @@ def _meta(update: int, config: Config, data: PreparedData) -> Meta:
 
 def _fingerprints(data: PreparedData) -> tuple[str, str]:
     return data.train.manifest.fingerprint, data.valid.manifest.fingerprint
-
-
-def _check_can_be_made(workdir: Path) -> None:
-    """Raises OSError now, and not after hours of preparing data, where no folder can be made; leaves none behind."""
-    is_new = not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
-    if is_new:
-        workdir.rmdir()
 
 
 def _claim_workdir(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> None:

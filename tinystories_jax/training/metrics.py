@@ -17,7 +17,7 @@ from tinystories_jax.model.transformer import num_params
 
 PEAK_SOURCE = "dense bf16 with float32 accumulation, from NVIDIA's data sheets and architecture white papers"
 # Peaks in FLOP/s (H100/H200: 989.4 for SXM; PCIe 756, NVL 835; Ada: 165.2 for the RTX 4090; Blackwell: 209.5 for the
-# RTX 5090). By the exact name that the driver reports: "RTX 4090" is also part of "RTX 4090 Laptop GPU", which is another chip.
+# RTX 5090). By the exact name that the driver reports: "RTX 4090" is also part of "RTX 4090 Laptop GPU", another chip.
 PEAK_BF16_FLOPS = {
     "NVIDIA H200": 989.4e12,
     "NVIDIA H100 80GB HBM3": 989.4e12,
@@ -114,7 +114,11 @@ def drop_after(path: Path, update: int) -> None:
     _keep_until(path, update)
 
 
-def _keep_until(path: Path, update: int) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a JSONL file of a run, in order; none when there is no file.
+
+    A line that is no row with an update is left out: it is one that a killed process was writing.
+    """
     if not path.exists():
         return []
     rows = []
@@ -123,9 +127,17 @@ def _keep_until(path: Path, update: int) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the line that a killed process was writing: its update is done again
-        if isinstance(row, dict) and isinstance(row.get("update"), int) and row["update"] <= update:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("update"), int):
             rows.append(row)
+    return rows
+
+
+def _keep_until(path: Path, update: int) -> list[dict[str, Any]]:
+    """Returns the rows up to `update`, after removing all else from the file: the lost stretch is done again."""
+    if not path.exists():
+        return []
+    rows = [row for row in read_rows(path) if row["update"] <= update]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,297 @@
+"""The doctor finds each planted fault, and nothing else; and finds nothing where nothing is planted."""
+
+import dataclasses
+import json
+import runpy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from tests import planted
+from tests.test_cli import error_lines, run_script
+from tests.tiny import CONFIGS, read_tiny_values
+from tinystories_jax.analysis import doctor, machine_checks
+from tinystories_jax.analysis.check import Check, Outcome, summarize
+from tinystories_jax.config import Config, resolve
+from tinystories_jax.data.prepare import PreparedData, find_data, prepare_data
+
+ALL = [
+    *("tokenizer and cache", "data", "target shift", "causality", "loss at initialisation", "overfit", "accumulation"),
+    *("schedule", "decode parity", "precision", "machine"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory) -> Iterator[None]:
+    """Lets all tests here share compiled programs, which are looked up by what is compiled, faults included."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    jax.clear_caches()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def plant(monkeypatch) -> Iterator[Callable[[Any], None]]:
+    """Plants a fault until the end of the test; what was traced without it is forgotten, as is what was with it."""
+
+    def plant_one(fault: Callable[[planted.Patch], None]) -> None:
+        fault(monkeypatch.setattr)
+        jax.clear_caches()
+
+    yield plant_one
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+def write_stories(path: Path, first: int, count: int) -> Path:
+    things = ("a red ball", "the old cat", "an apple", "a big dog", "the blue cup")
+    stories = [
+        f"Once upon a time Anna had {things[n % 5]}. She gave it to the boy with {n} hats.\nThe boy liked "
+        f"{things[(n // 5) % 5]} and said it was {n * 7}."
+        for n in range(first, first + count)
+    ]
+    path.write_text("\n<|endoftext|>\n".join(stories))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    """Returns a config whose data is not prepared yet."""
+    values = read_tiny_values()
+    values.data.update(source="files", cache_dir=str(tmp_path / "cache"))
+    values.data.train_files = str(write_stories(tmp_path / "train.txt", 0, 200))
+    values.data.valid_files = str(write_stories(tmp_path / "valid.txt", 1_000, 20))
+    values.tokenizer.vocab_size = 300
+    return resolve(values)
+
+
+def check_all(config: Config, tmp_path: Path) -> list[Check]:
+    return list(doctor.run_checks(config, doctor.try_find_data(config), workdir=tmp_path / "run", fast=True))
+
+
+def outcomes(checks: list[Check], outcome: Outcome) -> list[str]:
+    return [check.name for check in checks if check.outcome == outcome]
+
+
+def the_failed(checks: list[Check]) -> Check:
+    (failed,) = [check for check in checks if check.outcome == Outcome.FAIL]
+    return failed
+
+
+# ---- nothing planted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["top10k", "baseline32k", "cpu_real", "quickstart"])
+def test_all_fast_checks_pass_on_each_config(name, tmp_path, tinystories_data, capsys):
+    values = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+    values.data.cache_dir = str(tmp_path / "cache")
+    if values.data.source == "hub":
+        values.data.update(
+            source="files",
+            train_files=str(tinystories_data / "train.txt"),
+            valid_files=str(tinystories_data / "valid.txt"),
+        )
+    if values.tokenizer.source == "hub":
+        values.tokenizer.update(source="files", train_files=str(tinystories_data / "train.txt"))
+    config = resolve(values)
+    prepare_data(config, show_progress=False)
+    jax.clear_caches()
+    checks = check_all(config, tmp_path)
+    with capsys.disabled():
+        print(f"\nfast checks of configs/{name}.py: {summarize(checks)}")
+    assert [(check.name, check.outcome, check.note) for check in checks if check.outcome != Outcome.PASS] == []
+    assert [check.name for check in checks] == ALL
+
+
+def test_without_data_what_needs_it_is_skipped_with_the_reason(config, tmp_path):
+    before = sorted(path for path in tmp_path.rglob("*"))
+    checks = check_all(config, tmp_path)
+    assert outcomes(checks, Outcome.FAIL) == []
+    assert outcomes(checks, Outcome.SKIP) == ["tokenizer and cache", "data"]
+    assert all("scripts/prepare.py" in check.note for check in checks if check.outcome == Outcome.SKIP)
+    by_data = dataclasses.replace(config, train=dataclasses.replace(config.train, max_updates=0))
+    assert outcomes(check_all(by_data, tmp_path), Outcome.SKIP) == ["tokenizer and cache", "data", "schedule"]
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+# ---- planted faults: exactly the right check fails
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "said"),
+    [
+        (planted.labels_shifted_twice, "target shift", "token t + 2"),
+        (planted.no_causal_mask, "causality", "tokens that come after"),
+        (planted.large_embeddings, "loss at initialisation", "initialisation"),
+        (planted.gradients_summed, "accumulation", "averaged"),
+        (planted.schedule_of_half_the_length, "schedule", "does not fit the run"),
+        (planted.kv_cache_off_by_one, "decode parity", "KV cache"),
+        (planted.bfloat16_optimizer_state, "precision", "mu"),
+        (planted.no_end_tokens, "tokenizer and cache", "0 end tokens for 200 stories"),
+        (planted.a_block_left_out, "data", "exactly once"),
+    ],
+)
+def test_a_planted_fault_fails_its_own_check(config, tmp_path, plant, fault, name, said):
+    plant(fault)
+    prepare_data(config, show_progress=False)
+    checks = check_all(config, tmp_path)
+    assert outcomes(checks, Outcome.FAIL) == [name]
+    assert said in the_failed(checks).note
+    may_be_skipped = {"causality": ["decode parity"], "tokenizer and cache": ["data"]}
+    assert outcomes(checks, Outcome.SKIP) == may_be_skipped.get(name, [])
+
+
+def test_parameters_that_are_never_updated_fail_what_trains(config, tmp_path, plant):
+    plant(planted.parameters_not_updated)
+    assert outcomes(check_all(config, tmp_path), Outcome.FAIL) == ["target shift", "overfit", "accumulation"]
+
+
+def test_a_swapped_tokenizer_is_found(config, tmp_path):
+    data = prepare_data(config, show_progress=False)
+    other = dataclasses.replace(config.data, train_files=config.data.valid_files)
+    swapped_in = prepare_data(dataclasses.replace(config, data=other), show_progress=False).tokenizer
+    assert swapped_in.vocab_size == data.tokenizer.vocab_size
+    swapped = dataclasses.replace(data, tokenizer=swapped_in)
+    checks = list(doctor.run_checks(config, swapped, workdir=tmp_path / "run", fast=True))
+    assert outcomes(checks, Outcome.FAIL) == ["tokenizer and cache"]
+    assert f"made with tokenizer {data.tokenizer.sha256[:16]}" in the_failed(checks).note
+
+
+def other_source(config: Config, tmp_path: Path) -> tuple[PreparedData, PreparedData]:
+    """Returns the config's own data and that of other stories, under one tokenizer."""
+    own = prepare_data(config, show_progress=False)
+    (path,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    tokenizer = dataclasses.replace(config.tokenizer, path=str(path))
+    files = dataclasses.replace(config.data, train_files=str(write_stories(tmp_path / "other.txt", 300, 200)))
+    return own, prepare_data(dataclasses.replace(config, tokenizer=tokenizer, data=files), show_progress=False)
+
+
+def test_a_cache_of_another_source_is_found(config, tmp_path):
+    own, other = other_source(config, tmp_path)
+    mixed = dataclasses.replace(own, train=other.train)
+    checks = list(doctor.run_checks(config, mixed, workdir=tmp_path / "run", fast=True))
+    assert outcomes(checks, Outcome.FAIL) == ["tokenizer and cache"]
+    assert "made from another source" in the_failed(checks).note
+
+
+def damage_by_exchange(own: PreparedData, other: PreparedData) -> str:
+    shutil.rmtree(own.train.folder)
+    shutil.copytree(other.train.folder, own.train.folder)
+    return "fingerprint"
+
+
+def damage_by_truncation(own: PreparedData, other: PreparedData) -> str:
+    del other
+    path = own.train.folder / "tokens.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "tokens.bin has"
+
+
+@pytest.mark.parametrize("damage", [damage_by_exchange, damage_by_truncation])
+def test_a_cache_damaged_on_the_disk_is_found_before_it_is_used(config, tmp_path, damage):
+    said = damage(*other_source(config, tmp_path))
+    checks = check_all(config, tmp_path)
+    assert outcomes(checks, Outcome.FAIL) == ["tokenizer and cache"]
+    assert outcomes(checks, Outcome.SKIP) == ["data"]
+    assert said in the_failed(checks).note
+    assert "--rebuild" in the_failed(checks).note
+
+
+def test_validation_stories_in_the_training_split_are_found(config, tmp_path):
+    both = dataclasses.replace(config.data, valid_files=config.data.train_files)
+    config = dataclasses.replace(config, data=both)
+    prepare_data(config, show_progress=False)
+    checks = check_all(config, tmp_path)
+    assert outcomes(checks, Outcome.FAIL) == ["data"]
+    assert "200 of 200 validation stories" in the_failed(checks).note
+
+
+def test_too_little_room_for_the_checkpoints_is_found(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_checks, "_free_disk", lambda workdir: 10**6)
+    checks = check_all(config, tmp_path)
+    assert outcomes(checks, Outcome.FAIL) == ["machine"]
+    assert "--config.checkpoint.keep" in the_failed(checks).note
+
+
+def test_memory_that_does_not_suffice_is_found_with_the_micro_batch_that_fits(config, monkeypatch, tmp_path):
+    config = doctor._complete(config, None)
+    needed = machine_checks.step_memory(config, 4).total
+    monkeypatch.setattr(machine_checks, "_memory_limit", lambda device: needed - 1)
+    check = machine_checks.check_machine(config, tmp_path, measure_memory=True)
+    assert check.outcome == Outcome.FAIL
+    assert check.figures["largest_micro_batch"] == 3
+    assert "--config.train.batch_size=2 --config.train.grad_accum_steps=4" in check.note
+
+
+# ---- the scripts
+
+
+def flags_of(config: Config, *more: str) -> list[str]:
+    data = config.data
+    return [
+        *(
+            "--config=configs/quickstart.py",
+            "--config.data.source=files",
+            f"--config.data.train_files={data.train_files}",
+        ),
+        *(f"--config.data.valid_files={data.valid_files}", f"--config.data.cache_dir={data.cache_dir}"),
+        *("--config.data.sequence_length=16", "--config.tokenizer.vocab_size=300", "--config.model.d_model=32"),
+        *("--config.model.num_layers=2", "--config.model.num_heads=2", "--config.model.d_ff=64"),
+        *("--config.train.max_updates=4", "--config.eval.every=2", "--config.sample.max_new_tokens=4"),
+        *more,
+    ]
+
+
+@pytest.mark.slow
+def test_train_makes_the_fast_checks_once_and_doctor_all_of_them(config, tmp_path):
+    run = tmp_path / "run"
+    result = run_script("train", *flags_of(config, f"--workdir={run}"))
+    assert result.returncode == 0, result.stderr
+    assert "11 passed, 0 failed, 0 skipped" in result.stderr
+    again = run_script("train", *flags_of(config, f"--workdir={run}"))
+    assert "passed" not in again.stderr
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = run_script("doctor", *flags_of(config, f"--checkpoint={run}", "--json"))
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [check["name"] for check in found["checks"]] == [*ALL, "checkpoint"]
+    assert {check["outcome"] for check in found["checks"]} == {"PASS"}
+    assert not found["failed"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    # Another loss in the log than the checkpoint has.
+    log = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({**row, **{k: 1.0 for k in row if k == "valid/loss"}}) + "\n" for row in rows))
+    check = machine_checks.check_checkpoint(data_of(config), run)
+    assert check.outcome == Outcome.FAIL
+    assert "metrics.jsonl says 1.0" in check.note
+
+
+def data_of(config: Config) -> PreparedData:
+    data = find_data(config)
+    assert data is not None
+    return data
+
+
+@pytest.mark.slow
+def test_train_refuses_what_the_doctor_finds_ill_unless_told_otherwise(config, tmp_path):
+    same = flags_of(config, f"--config.data.valid_files={config.data.train_files}", f"--workdir={tmp_path / 'run'}")
+    result = run_script("train", *same)
+    assert "(data)" in error_lines(result, after_log=True)[0]
+    assert "--nodoctor" in result.stderr
+    assert not (tmp_path / "run").exists()
+    assert run_script("doctor", *same).returncode == 2
+    result = run_script("train", *same, "--nodoctor")
+    assert result.returncode == 0, result.stderr

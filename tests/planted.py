@@ -1,0 +1,104 @@
+"""Faults planted into the package for a test or an experiment, each by replacing one function; never options of it.
+
+`python -m tests.planted labels_shifted_twice FLAGS_OF_TRAIN --nodoctor` trains with one.
+"""
+
+import dataclasses
+import functools
+import runpy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tinystories_jax.data import cache
+from tinystories_jax.model import transformer
+from tinystories_jax.training import optim, steps
+
+Patch = Callable[[Any, str, Any], None]  # as setattr and pytest's monkeypatch.setattr
+
+
+def labels_shifted_twice(patch: Patch) -> None:
+    """The loss shifts labels that are shifted already: position t learns token t + 2."""
+    next_token_loss = steps.next_token_loss
+
+    def shifted_again(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+        return next_token_loss(logits_BTV[:, :-1], targets_BT[:, 1:], weights_BT[:, 1:])
+
+    patch(steps, "next_token_loss", shifted_again)
+
+
+def no_causal_mask(patch: Patch) -> None:
+    def attend_to_all(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(queries_BTHK, keys_BTGK, values_BTGK, is_causal=False)
+
+    patch(transformer, "_causal_attention", attend_to_all)
+
+
+def gradients_summed(patch: Patch) -> None:
+    patch(optim.optax, "MultiSteps", functools.partial(optax.MultiSteps, use_grad_mean=False))
+
+
+def schedule_of_half_the_length(patch: Patch) -> None:
+    curve = optim.learning_rate_schedule
+
+    def halved(optim_config, schedule):
+        return curve(optim_config, dataclasses.replace(schedule, total_updates=schedule.total_updates // 2))
+
+    patch(optim, "learning_rate_schedule", halved)
+
+
+def kv_cache_off_by_one(patch: Patch) -> None:
+    write = transformer._write
+    patch(
+        transformer,
+        "_write",
+        lambda kv_cache, keys, values, positions_B: write(kv_cache, keys, values, positions_B + 1),
+    )
+
+
+def bfloat16_optimizer_state(patch: Patch) -> None:
+    patch(optim.optax, "adamw", functools.partial(optax.adamw, mu_dtype=jnp.bfloat16))
+
+
+def large_embeddings(patch: Patch) -> None:
+    """Embeddings so large that fresh parameters predict each token to repeat itself."""
+    std = transformer._embedding_std
+    patch(transformer, "_embedding_std", lambda config: 4 * std(config))
+
+
+def parameters_not_updated(patch: Patch) -> None:
+    patch(steps.optax, "apply_updates", lambda params, updates: params)
+
+
+def no_end_tokens(patch: Patch) -> None:
+    """Stories run on in the cache; manifest and checksum agree with that."""
+    encode_ahead = cache._encode_ahead
+
+    def without_ends(stories, tokenizer, dtype):
+        for tokens, num_stories, num_bytes in encode_ahead(stories, tokenizer, dtype):
+            yield np.ascontiguousarray(tokens[tokens != cache.END_OF_STORY_ID]), num_stories, num_bytes
+
+    patch(cache, "_encode_ahead", without_ends)
+
+
+def a_block_left_out(patch: Patch) -> None:
+    """The last block of an epoch is never dealt out, and the first one twice."""
+    permutation = cache._permutation
+
+    def incomplete(seed: int, epoch: int, length: int) -> np.ndarray:
+        order = permutation(seed, epoch, length).copy()
+        order[-1] = order[0]
+        return order
+
+    patch(cache, "_permutation", incomplete)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv.pop(1)](setattr)
+    sys.argv[0] = "scripts/train.py"
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,191 @@
+"""The doctor: measures, on a user's own config, data and checkpoint, the faults that train without an error.
+
+train.py runs the fast checks before the first update of a run, doctor.py all of them. Nothing here changes a run,
+builds data or asks the network.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tinystories_jax.analysis.check import HEADER, Check, Outcome, format_check, skip, summarize
+from tinystories_jax.analysis.data_checks import check_data, check_tokenizer_and_cache
+from tinystories_jax.analysis.machine_checks import check_checkpoint, check_machine
+from tinystories_jax.analysis.model_checks import (
+    check_accumulation,
+    check_causality,
+    check_decode_parity,
+    check_initial_loss,
+    check_overfit,
+    check_precision,
+    check_schedule,
+    check_target_shift,
+    num_rows_measured,
+)
+from tinystories_jax.config import Config, with_data
+from tinystories_jax.data.cache import batch_at, num_blocks
+from tinystories_jax.data.prepare import PreparedData, find_data
+from tinystories_jax.errors import UserError
+
+_NO_DATA = "no token cache yet: python scripts/prepare.py with the same --config flags builds it"
+_CACHE = "tokenizer and cache"
+_UNKNOWN_UPDATES = 1_000  # stands in for the updates that only the data can tell, where they do not matter
+
+
+class _Planned(NamedTuple):
+    """A check to be made, unless there is a reason not to: something missing, or another check that failed."""
+
+    name: str
+    measure: Callable[[], Check]
+    missing: str = ""
+    needs: str = ""
+
+
+def examine(
+    config: Config, *, workdir: Path, checkpoint: Path | None = None, verbose: bool = False, show: Callable[[str], None]
+) -> list[Check]:
+    """Makes all checks on what is there, shows the table line by line, and returns them; changes nothing."""
+    checks = run_checks(config, try_find_data(config), workdir=workdir, checkpoint=checkpoint, fast=False)
+    return _show(checks, show, verbose)
+
+
+def require_health(config: Config, data: PreparedData, workdir: Path) -> None:
+    """Makes the fast checks on what training is about to use and shows them on stderr; raises `UserError` on a FAIL."""
+    checks = run_checks(config, data, workdir=workdir, fast=True)
+    checks = _show(checks, lambda line: print(line, file=sys.stderr, flush=True), verbose=False)
+    failed = [check.name for check in checks if check.outcome == Outcome.FAIL]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}), so this training would go wrong "
+            "without an error; mend what the table above says, or train all the same with --nodoctor"
+        )
+
+
+def try_find_data(config: Config) -> PreparedData | UserError | None:
+    """Returns what training would reuse, None when it would be built, or what is wrong with it."""
+    try:
+        return find_data(config)
+    except UserError as error:
+        return error
+
+
+def _show(checks: Iterator[Check], show: Callable[[str], None], verbose: bool) -> list[Check]:
+    show(HEADER)
+    made = []
+    for check in checks:
+        show(format_check(check, verbose=verbose))
+        made.append(check)
+    show(summarize(made))
+    return made
+
+
+def run_checks(
+    config: Config,
+    found: PreparedData | UserError | None,
+    *,
+    workdir: Path,
+    checkpoint: Path | None = None,
+    fast: bool,
+) -> Iterator[Check]:
+    """Yields the checks in the order of the way from a story to a block, an update and a story again.
+
+    `config` is as resolved, without what the data tells; `found` is what `try_find_data` found. The fast checks leave
+    out the memory of the compiled step, which takes two compilations at full size, and the checkpoint.
+    """
+    data = found if isinstance(found, PreparedData) else None
+    config = _complete(config, data)
+    failed: set[str] = set()
+    yield from _make(_plan_data_checks(config, found), failed)
+    # Tokens that are not to be trusted would make other checks fail for no reason of their own.
+    planned = _plan_model_checks(config, None if _CACHE in failed else data)
+    planned.append(_Planned("machine", lambda: check_machine(config, workdir, measure_memory=not fast)))
+    if not fast:
+        planned.append(_plan_checkpoint(found, checkpoint))
+    yield from _make(planned, failed)
+
+
+def _plan_model_checks(config: Config, data: PreparedData | None) -> list[_Planned]:
+    block = None if data is None else _first_block(config, data)
+    tokenizer = None if data is None else data.tokenizer
+    unknown = "" if data or config.train.max_updates else f"its length follows from the data, and there is {_NO_DATA}"
+    return [
+        _Planned("target shift", lambda: check_target_shift(config, block, tokenizer)),
+        _Planned("causality", lambda: check_causality(config)),
+        _Planned("loss at initialisation", lambda: check_initial_loss(config, block)),
+        _Planned("overfit", lambda: check_overfit(config, block)),
+        _Planned("accumulation", lambda: check_accumulation(config)),
+        _Planned("schedule", lambda: check_schedule(config), missing=unknown),
+        # A forward that sees the future has no counterpart in decoding.
+        _Planned("decode parity", lambda: check_decode_parity(config), needs="causality"),
+        _Planned("precision", lambda: check_precision(config, block)),
+    ]
+
+
+def _plan_data_checks(config: Config, found: PreparedData | UserError | None) -> list[_Planned]:
+    def measure(check: Callable[[Config, PreparedData], Check]) -> Callable[[], Check]:
+        def run() -> Check:
+            if isinstance(found, UserError):
+                raise found
+            assert found is not None
+            return check(config, found)
+
+        return run
+
+    missing = _NO_DATA if found is None else ""
+    return [
+        _Planned(_CACHE, measure(check_tokenizer_and_cache), missing=missing),
+        _Planned("data", measure(check_data), missing=missing, needs=_CACHE),
+    ]
+
+
+def _plan_checkpoint(found: PreparedData | UserError | None, checkpoint: Path | None) -> _Planned:
+    def run() -> Check:
+        assert isinstance(found, PreparedData)
+        assert checkpoint is not None
+        return check_checkpoint(found, checkpoint)
+
+    missing = "none given; --checkpoint=RUN checks one" if checkpoint is None else _NO_DATA if found is None else ""
+    return _Planned("checkpoint", run, missing=missing, needs=_CACHE)
+
+
+def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
+    """Yields each planned check, and adds to `failed` the names of those that failed."""
+    for name, measure, missing, needs in planned:
+        if missing or needs in failed:
+            yield skip(name, missing or f"{needs} failed; mend that first")
+            continue
+        began = time.perf_counter()
+        try:
+            check = measure()
+        except UserError as error:
+            check = Check(name, Outcome.FAIL, "cannot be used", note="; ".join(error.problems))
+        if check.outcome == Outcome.FAIL:
+            failed.add(name)
+        yield dataclasses.replace(check, seconds=time.perf_counter() - began)
+
+
+def _complete(config: Config, data: PreparedData | None) -> Config:
+    """Returns `config` with vocabulary and schedule; without data with the vocabulary asked, and updates that the
+    config alone gives or that stand in."""
+    if data is not None:
+        blocks = num_blocks(len(data.train.tokens), config.data.sequence_length)
+        return with_data(config, vocab_size=data.tokenizer.vocab_size, num_blocks=blocks)
+    per_update = config.train.batch_size * config.train.grad_accum_steps
+    updates = config.train.max_updates or _UNKNOWN_UPDATES
+    return with_data(config, vocab_size=config.tokenizer.vocab_size, num_blocks=updates * per_update)
+
+
+def _first_block(config: Config, data: PreparedData) -> np.ndarray:
+    """Returns the first rows that the run trains on, a micro-batch or more."""
+    return batch_at(
+        data.train.tokens,
+        seed=config.seed,
+        micro_step=0,
+        batch_size=max(config.train.batch_size, num_rows_measured(config)),
+        sequence_length=config.data.sequence_length,
+    )

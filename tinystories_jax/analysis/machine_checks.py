@@ -1,0 +1,191 @@
+"""Checks of the machine, and of a checkpoint on it: device, driver, disk, memory, and whether a run is what it says."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.config import Config
+from tinystories_jax.data.prepare import PreparedData
+from tinystories_jax.data.tokenizer import load_tokenizer
+from tinystories_jax.evaluation.validation import article_mask, validate
+from tinystories_jax.model.transformer import num_params
+from tinystories_jax.training import optim, steps
+from tinystories_jax.training.checkpoint import max_checkpoints, restore_params
+from tinystories_jax.training.metrics import PEAK_BF16_FLOPS, read_rows
+
+_OLDEST_DRIVER = 525  # the first that runs CUDA 12
+_LOSS_BOUND = 1e-3  # relative: another device rounds otherwise
+_MARGIN_BYTES = 2**28  # metrics, samples, TensorBoard
+
+
+class StepMemory(NamedTuple):
+    """What XLA says that one compiled training step needs, in bytes."""
+
+    rows: int
+    state_and_block: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return self.state_and_block + self.temporaries
+
+
+def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Check:
+    """Checks device, driver and free disk; with `measure_memory` compiles the training step to see what it needs."""
+    device = jax.devices()[0]
+    peak = PEAK_BF16_FLOPS.get(device.device_kind)
+    problems, figures = _device_problems(device), {"device": device.device_kind, "peak_bf16_flops": peak}
+    needed, free = _disk_needed(config), _free_disk(workdir)
+    figures |= {"disk_needed_bytes": needed, "disk_free_bytes": free}
+    if free < needed:
+        problems.append(
+            f"the checkpoints take {needed / 1e9:.1f} GB but {free / 1e9:.1f} GB are free at {workdir}; give another "
+            "--workdir, or a lower --config.checkpoint.keep"
+        )
+    remark = ""
+    if measure_memory:
+        problem, of_memory = _memory(config, device)
+        problems += problem
+        figures |= of_memory
+        remark = _describe_memory(of_memory)
+    speed = f"{peak / 1e12:.0f} TFLOP/s in bf16" if peak else "bf16 peak unknown"
+    return judge(
+        "machine",
+        not problems,
+        f"{device.device_kind}, {speed}, {free / 1e9:,.0f} GB of disk free",
+        f"{needed / 1e9:.1f} GB",
+        on_fail="; ".join(problems),
+        remark=remark,
+        figures=figures,
+    )
+
+
+def _device_problems(device: Any) -> list[str]:
+    driver = _nvidia_driver()
+    if driver is None:
+        return []
+    if device.platform != "gpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
+        return [
+            "there is an NVIDIA GPU, but this JAX runs on the CPU: pip install -r requirements.txt; "
+            "JAX_PLATFORMS=cpu says that this is meant"
+        ]
+    if device.platform == "gpu" and driver < _OLDEST_DRIVER:
+        return [f"the NVIDIA driver is {driver}, CUDA 12 needs {_OLDEST_DRIVER} or newer; update the driver"]
+    return []
+
+
+def _nvidia_driver() -> int | None:
+    """Returns the major version of the NVIDIA driver, None where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return int(answer.split(".")[0])
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def _disk_needed(config: Config) -> int:
+    """Returns the bytes of the checkpoints a run can end with: parameters, two moments and the gradients' sum."""
+    return num_params(config.model) * 4 * 4 * max_checkpoints(config) + _MARGIN_BYTES
+
+
+def _free_disk(workdir: Path) -> int:
+    place = workdir.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def step_memory(config: Config, rows: int) -> StepMemory:
+    """Compiles the training step for micro-batches of `rows` rows, at full size, and returns what it needs."""
+    assert config.schedule is not None
+    optimizer = optim.make_optimizer(config)
+    train_step: Any = steps.make_train_step(
+        config, optimizer, optim.learning_rate_schedule(config.optim, config.schedule)
+    )
+    state = jax.eval_shape(lambda: steps.init_state(config, optimizer))
+    block = jax.ShapeDtypeStruct((rows, config.data.sequence_length + 1), jnp.int32)
+    mask = jax.ShapeDtypeStruct((config.model.vocab_size,), bool)
+    needs = train_step.lower(state, block, mask).compile().memory_analysis()
+    # The new state takes the place of the old one, which is donated.
+    kept = needs.argument_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes
+    return StepMemory(rows, kept, needs.temp_size_in_bytes)
+
+
+def _memory(config: Config, device: Any) -> tuple[list[str], dict[str, int]]:
+    """Returns the problem, if any, and the figures of the memory that training needs on `device`."""
+    rows = config.train.batch_size
+    asked, other = step_memory(config, rows), step_memory(config, max(1, rows // 2) if rows > 1 else 2)
+    # What a row takes is the same for every row.
+    per_row = (asked.total - other.total) / (asked.rows - other.rows)
+    limit = _memory_limit(device)
+    largest = int((limit - (asked.total - per_row * rows)) // per_row)
+    figures = {"memory_needed_bytes": asked.total, "memory_limit_bytes": limit, "largest_micro_batch": largest}
+    if asked.total <= limit:
+        return [], figures
+    per_update = rows * config.train.grad_accum_steps
+    fitting = max((size for size in range(1, min(largest, per_update) + 1) if per_update % size == 0), default=0)
+    advice = (
+        f"--config.train.batch_size={fitting} --config.train.grad_accum_steps={per_update // fitting}, the same update"
+        if fitting
+        else "not even one row fits; give a smaller model or a shorter --config.data.sequence_length"
+    )
+    needs = f"a step of train.batch_size={rows} needs {asked.total / 1e9:.1f} GB"
+    problem = f"{needs}, the device has {limit / 1e9:.1f} GB: {advice}"
+    return [problem], figures
+
+
+def _memory_limit(device: Any) -> int:
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _describe_memory(figures: dict[str, int]) -> str:
+    return (
+        f"a step needs {figures['memory_needed_bytes'] / 1e9:.2f} GB by XLA's own count, the device has "
+        f"{figures['memory_limit_bytes'] / 1e9:.1f} GB; the largest micro-batch that fits has "
+        f"{figures['largest_micro_batch']:,} rows"
+    )
+
+
+def check_checkpoint(data: PreparedData, run: Path) -> Check:
+    """Restores the best checkpoint of `run`, recomputes its validation loss, and compares its tokenizers.
+
+    Raises `UserError` when it cannot be restored.
+    """
+    params, meta = restore_params(run, "best")
+    rows = {row["update"]: row.get("valid/loss") for row in read_rows(run / "metrics.jsonl")}
+    logged = rows.get(meta.update)
+    of_run, of_data = load_tokenizer(run / "tokenizer").sha256, data.tokenizer.sha256
+    problems = [
+        f"the tokenizer in the checkpoint has SHA-256 {meta.tokenizer.sha256[:16]}, that of {where} {found[:16]}"
+        for where, found in ((f"{run}/tokenizer", of_run), ("the token caches", of_data))
+        if found != meta.tokenizer.sha256
+    ]
+    if data.valid.manifest.fingerprint != meta.valid_fingerprint:
+        problems.append("the config's validation stories are not those of the run; give the run's own config")
+    loss = None
+    if not problems:
+        mask = article_mask(meta.tokenizer.article_ids, meta.tokenizer.vocab_size)
+        loss = validate(params, data.valid, meta.config, mask).loss
+        if logged is None or abs(loss - logged) > _LOSS_BOUND * logged:
+            problems.append(
+                f"its validation loss is {loss:.5f}, but metrics.jsonl says {logged} for update {meta.update}: "
+                "parameters, data or code are not those that were measured"
+            )
+    return judge(
+        "checkpoint",
+        not problems,
+        f"update {meta.update:,}" + ("" if loss is None else f", validation loss {loss:.5f}"),
+        f"as logged, {logged}" if logged is None else f"as logged, {logged:.5f} (relative {_LOSS_BOUND:g})",
+        on_fail="; ".join(problems),
+        figures={"update": meta.update, "loss": loss, "logged_loss": logged, "tokenizer_sha256": meta.tokenizer.sha256},
+    )
