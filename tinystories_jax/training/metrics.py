@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.transformer import num_params
+from tinystories_jax.training.jsonl import read_jsonl
 
 # Dense bf16 peaks in FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture white papers
 # (H100/H200: 989.4 for SXM; PCIe 756, NVL 835; Ada: 165.2 for the RTX 4090; Blackwell: 209.5 for the RTX 5090).
@@ -89,12 +90,6 @@ class MetricsLog:
         self._file.flush()
 
 
-def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends JSON objects to `path`, one per line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def drop_after(path: Path, update: int) -> None:
     """Removes the rows of `path` that stand after `update`, those of a stretch that a restart does again."""
     _keep_until(path, update)
@@ -103,15 +98,8 @@ def drop_after(path: Path, update: int) -> None:
 def _keep_until(path: Path, update: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    rows = []
-    # Not splitlines: a story may hold other line separators of Unicode, which JSON leaves as they are.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a killed process was writing: its update is done again
-        if isinstance(row, dict) and isinstance(row.get("update"), int) and row["update"] <= update:
-            rows.append(row)
+    # Damaged rows go: what a killed process was writing stands for an update that is done again.
+    rows = [row for row in read_jsonl(path)[0] if row["update"] <= update]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
