@@ -3,6 +3,7 @@
 python scripts/train.py --config configs/top10k.py [--workdir runs/top10k] [--config.SECTION.FIELD=VALUE ...]
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -24,7 +25,20 @@ def main() -> int:
 
     result = train(config, Path(_WORKDIR.value or f"runs/{name}"))
     print(result.summary())
+    # A rerun that had nothing to do leaves the run as it was.
+    if result.updates_done or not (result.workdir / "report.html").exists():
+        _report(result.workdir)
     return 128 + result.signal if result.signal else 0
+
+
+def _report(workdir: Path) -> None:
+    try:
+        from tinystories_jax.analysis.report import write_report
+
+        print(f"report: {write_report(workdir)}")
+    except Exception as error:  # whatever it is: the training is done and saved, and its exit code says so
+        reason = " ".join(str(error).split())
+        print(f"warning: no report was written ({type(error).__name__}: {reason})", file=sys.stderr)
 
 
 if __name__ == "__main__":
