@@ -11,7 +11,7 @@ _NONE = "–"
 
 
 def show_emergence(run: RunFiles) -> str:
-    note = "At each evaluation: what the model knew of articles, and its story for the first prompt."
+    note = "At each evaluation: the figures, and the story for the first prompt, its articles underlined."
     if not run.evaluations:
         return section("Emergence", paragraph("No evaluation yet."))
     moments = _choose_moments(run)

@@ -117,8 +117,10 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     if curve.kind == "level":
         axes.axhline(curve.y[0], color=color, linewidth=1.2, linestyle=(0, (4, 3)))
     elif curve.kind == "points":
-        marker = _MARKERS[curve.series - 1]
-        axes.plot(curve.x, curve.y, color=color, linewidth=1.4, marker=marker, markersize=4.5, clip_on=False)
+        style = {"color": color, "linewidth": 1.4, "marker": _MARKERS[curve.series - 1], "markersize": 4.5}
+        # A marker on the edge is drawn whole.
+        (line,) = axes.plot(curve.x, curve.y, clip_on=False, **style)
+        line.set_in_layout(False)
     else:
         faint = curve.kind == "faint"
         axes.plot(curve.x, curve.y, color=color, linewidth=0.8 if faint else 1.8, alpha=0.4 if faint else 1.0)
@@ -138,6 +140,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
 def _set_up(axes: Axes, plot_axis: PlotAxis, wanted: Axis) -> None:
     vertical = plot_axis is axes.yaxis
     low, high = axes.dataLim.intervaly if vertical else axes.dataLim.intervalx
+    decimals = 0
     limits = axes.set_ylim if vertical else axes.set_xlim
     if wanted.log and low > 0 and high > 2 * low:
         (axes.set_yscale if vertical else axes.set_xscale)("log")
@@ -149,8 +152,15 @@ def _set_up(axes: Axes, plot_axis: PlotAxis, wanted: Axis) -> None:
     else:
         limits(wanted.low, wanted.high)
         plot_axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    plot_axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if wanted.percent else compact(value)))
+        # All ticks with the decimals of the one that needs most.
+        decimals = max(len(f"{tick:.6g}".partition(".")[2]) for tick in plot_axis.get_majorticklocs())
+    form = FuncFormatter(lambda value, _: f"{value:.0%}" if wanted.percent else _tick(value, decimals))
+    plot_axis.set_major_formatter(form)
     plot_axis.set_tick_params(which="both", length=0, labelcolor=_COLORS["muted"], pad=6)
+
+
+def _tick(value: float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if decimals and abs(value) < 1000 else compact(value)
 
 
 def _for_page(svg: str, name: str, title: str) -> str:
