@@ -117,7 +117,7 @@ def _judge(measure: Measure, first: Side, second: Side) -> Judgement | None:
     a, b = _values(measure, first), _values(measure, second)
     if not a or not b:
         return None
-    pair = f"{first.letter} → {second.letter}"
+    pair = f"{first.letter}\u00a0→\u00a0{second.letter}"
     if measure.per_token and not same_tokenizer(first.runs[0], second.runs[0]):
         return Judgement(measure.name, pair, _NONE, _NONE, NOT_COMPARABLE, None)
     verdict = judge(a, b, _intervals(measure, first), _intervals(measure, second))

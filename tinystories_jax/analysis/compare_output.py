@@ -55,7 +55,7 @@ def write_comparison_page(comparison: Comparison, path: Path) -> Path:
     """Writes compare.html."""
     letters = [side.letter for side in comparison.sides]
     legend = [
-        (f'<b class="series-{_series(index)}">{escape(letter)}</b>', escape(names), escape(differs))
+        (f'<b class="series-{_series(index)}">{escape(letter)}</b>\u2002{escape(names)}', escape(differs))
         for index, (letter, names, differs) in enumerate(comparison.legend)
     ]
     num_runs = sum(len(side.runs) for side in comparison.sides)
@@ -69,7 +69,7 @@ def write_comparison_page(comparison: Comparison, path: Path) -> Path:
     verdicts = [tuple(map(escape, row)) for row in _verdict_rows(comparison)]
     parts = [
         top,
-        section("Sides", table(("side", "runs", f"differs from {letters[0]} in"), legend)),
+        section("Sides", table(("side", f"differs from {letters[0]} in"), legend)),
         section("Bits per byte", _plots(comparison), note="On the validation stories, at each evaluation."),
         section("Figures", table(("", *letters), rows, numbers=range(1, len(letters) + 1)), paragraph(_NOTE)),
     ]

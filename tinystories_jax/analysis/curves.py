@@ -30,7 +30,7 @@ def show_curves(run: RunFiles) -> str:
 def _losses(run: RunFiles) -> tuple[str, str]:
     updates, losses = run.series("update", "train/loss")
     valid_updates, valid_losses = run.series("update", "valid/loss")
-    key = [("series-1", "training, smoothed"), ("series-2", "validation")]
+    key = [("series-1", "training"), ("series-2", "validation")]
 
     def plot(name: str, axis: Axis, x: list[float], valid_x: list[float]) -> str:
         label = f"{valid_losses[-1]:.3f}" if valid_losses else ""

@@ -22,9 +22,9 @@ def show_emergence(run: RunFiles) -> str:
 
 def _emergence_figures(run: RunFiles) -> str:
     shares = [
-        (("valid/article_recall", 1, "guessed first"), ("samples/articles", 3, "there in its stories")),
+        (("valid/article_recall", 1, "recall"), ("samples/articles", 3, "written")),
         "Articles",
-        "share of those needed",
+        "share of the needed",
         Axis("", low=0.0, high=1.0, percent=True),
     ]
     grammar = [(("samples/grammar", 4, "its stories"),), "Grammar", "out of 10", Axis("", low=0.0, high=10.0)]
@@ -52,7 +52,7 @@ _TIMELINE = (
     ("epoch", "epoch", "{:.2f}"),
     ("valid/loss", "validation loss", "{:.3f}"),
     ("valid/bits_per_byte", "bits per byte", "{:.3f}"),
-    ("valid/article_recall", "articles guessed", "{:.1%}"),
+    ("valid/article_recall", "recall at articles", "{:.1%}"),
     ("samples/articles", "articles written", "{:.1%}"),
     ("samples/grammar", "grammar of 10", "{:.1f}"),
 )

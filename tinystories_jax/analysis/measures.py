@@ -108,7 +108,7 @@ MEASURES = (
     Measure("validation loss, best, nats per token", _at_best("valid/loss"), _loss, judged=True, per_token=True),
     Measure("bits per byte, final", _last("valid/bits_per_byte"), _loss),
     Measure("bits per byte, at the best loss", _at_best("valid/bits_per_byte"), _loss, judged=True),
-    Measure("articles guessed, at the best loss", _at_best("valid/article_recall"), _share, judged=True),
+    Measure("recall at articles, at the best loss", _at_best("valid/article_recall"), _share, judged=True),
     Measure("articles in the run's last samples", _last("samples/articles"), _share, judged=True),
     Measure("grammar of the run's last samples, of 10", _last("samples/grammar"), _points, judged=True),
     _scored(lambda run: run.evaluation and run.evaluation.articles, _share, "articles, evaluate.py"),

@@ -57,9 +57,10 @@ def tiles(values: Mapping[str, str]) -> str:
 
 
 def figure(title: str, body: str, *, note: str = "", key: Sequence[tuple[str, str]] = ()) -> str:
-    """Returns a figure with its caption on top; `key` holds CSS classes, such as "series-1 faint", and names."""
-    keys = "".join(f' <span class="key {kind}">{escape(name)}</span>' for kind, name in key)
-    return f"<figure><figcaption><b>{escape(title)}</b>{escape(note)}{keys}</figcaption>{body}</figure>"
+    """Returns a figure with its caption on top; `key` holds classes, such as "series-1", and names."""
+    about = f'<span class="note">{escape(note)}</span> ' if note else ""
+    keys = " ".join(f'<span class="key {kind}">{escape(name)}</span>' for kind, name in key)
+    return f"<figure><figcaption><b>{escape(title)}</b>{about}{keys}</figcaption>{body}</figure>"
 
 
 def figures(*parts: str) -> str:

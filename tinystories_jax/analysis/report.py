@@ -93,10 +93,10 @@ def _key_figures(run: RunFiles) -> dict[str, str]:
     tokens, epoch, seconds = run.last("tokens"), run.last("epoch"), run.last("seconds")
     shown: dict[str, str] = {}
     if best is not None:
-        shown[f"validation loss, best, at update {best['update']:,}"] = f"{best['valid/loss']:.3f}"
+        shown[f"best validation loss, at update {best['update']:,}"] = f"{best['valid/loss']:.3f}"
         for key, name, form in (
-            ("valid/bits_per_byte", "bits per byte there", "{:.3f}"),
-            ("valid/article_recall", "of articles guessed first there", "{:.1%}"),
+            ("valid/bits_per_byte", "bits per byte, same update", "{:.3f}"),
+            ("valid/article_recall", "recall at articles, same update", "{:.1%}"),
         ):
             if (value := number(best, key)) is not None:
                 shown[name] = form.format(value)
@@ -128,7 +128,7 @@ def _scores(run: RunFiles) -> str:
         (f'<span class="{"good" if item.passed else "bad"}">{"PASS" if item.passed else "FAIL"}</span>', item)
         for item in found.criteria
     ]
-    criteria = [(verdict, escape(item.name), escape(item.figure)) for verdict, item in verdicts]
+    criteria = [(escape(item.name), escape(item.figure), verdict) for verdict, item in verdicts]
     scores = [
         (escape(score.name), *_cells(score.value, score.interval), *_cells(score.real, score.real_interval))
         for score in found.scores
@@ -138,7 +138,7 @@ def _scores(run: RunFiles) -> str:
     columns = ("score", "unit", "this model", "95 % interval", "real stories", "95 % interval")
     return section(
         "Scores",
-        table(("", "criterion", "figure"), criteria) if criteria else "",
+        table(("criterion", "figure", ""), criteria) if criteria else "",
         table(columns, rows, numbers=(2, 3, 4, 5)) if rows else paragraph("evaluation.json holds no scores."),
         note=note,
     )
