@@ -234,11 +234,15 @@ def test_a_run_ends_with_a_report(finished):
     assert "<svg" in page
 
 
-def test_a_report_that_cannot_be_written_fails_no_training(place, tmp_path):
-    (tmp_path / "run" / "report.html" / "in the way").mkdir(parents=True)
-    result = place.train(tmp_path / "run", "--config.train.max_updates=1")
+def test_a_report_that_cannot_be_written_fails_no_training(finished, place, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "report.html").unlink()
+    (workdir / "evaluation.json").mkdir()
+    result = place.train(workdir)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.splitlines()[-1].startswith("warning: no report was written (")
+    warning = result.stderr.splitlines()[-1]
+    assert warning.startswith("warning: no report was written (")
+    assert "evaluation.json" in warning
     assert "report:" not in result.stdout
 
 

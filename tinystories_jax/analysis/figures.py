@@ -24,7 +24,7 @@ NUM_SERIES = 6
 # In CSS pixels where a figure has the width it is drawn for, two to a row; a phone shows nearly that width.
 _WIDTH, _HEIGHT, _FONT_SIZE = 440, 264, 12.5
 _MOST_POINTS = 400
-_MARKERS = "oDs^vP"
+_MARKERS, _MOST_MARKERS = "oDs^vP", 40
 _PLAIN_TICKS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
@@ -117,7 +117,8 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     if curve.kind == "level":
         axes.axhline(curve.y[0], color=color, linewidth=1.2, linestyle=(0, (4, 3)))
     elif curve.kind == "points":
-        style = {"color": color, "linewidth": 1.4, "marker": _MARKERS[curve.series - 1], "markersize": 4.5}
+        marker = _MARKERS[curve.series - 1] if len(curve.x) <= _MOST_MARKERS else ""
+        style = {"color": color, "linewidth": 1.4, "marker": marker, "markersize": 4.5}
         # A marker on the edge is drawn whole.
         (line,) = axes.plot(curve.x, curve.y, clip_on=False, **style)
         line.set_in_layout(False)

@@ -79,7 +79,7 @@ def _state(run: RunFiles) -> str:
         patience, evaluations = run.config.eval.early_stopping_patience, run.evaluations
         if patience and run.best in evaluations and len(evaluations) - 1 - evaluations.index(run.best) >= patience:
             return f"Stopped early {at}: no better validation loss for {patience} evaluations."
-        return f"Stopped {at}, on {_date(ended)}; the command that started it goes on from its last checkpoint."
+        return f"Stopped {at}, on {_date(str(ended))}; the command that started it goes on from its last checkpoint."
     if run.last_written is None:
         return f"No update of {total:,} is logged yet."
     if time.time() - run.last_written > _QUIET_SECONDS:
@@ -105,9 +105,9 @@ def _key_figures(run: RunFiles) -> dict[str, str]:
     if tokens is not None:
         shown["tokens seen" if epoch is None else f"tokens seen, {epoch:.2f} epochs"] = _million(tokens)
     if speeds:
-        shown["tokens per second, median"] = f"{median(speeds):,.0f}"
-    if used := run.series("update", "train/mfu")[1]:
-        shown["of the device's peak FLOP/s, median"] = f"{median(used):.1%}"
+        used = run.series("update", "train/mfu")[1]
+        at = f", {median(used):.1%} of the peak FLOP/s" if used else ""
+        shown[f"tokens per second, median{at}"] = f"{median(speeds):,.0f}"
     if seconds is not None:
         shown["wall time"] = _duration(seconds)
     return shown

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -74,19 +75,20 @@ class RunFiles:
         assert self.config.schedule is not None
         return self.config.schedule
 
-    @property
+    @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows with a validation loss."""
         return [row for row in self.rows if number(row, "valid/loss") is not None]
 
-    @property
+    @cached_property
     def best(self) -> dict[str, Any] | None:
         """The row with the best validation loss."""
         return min(self.evaluations, key=lambda row: row["valid/loss"], default=None)
 
     def series(self, x: str, y: str) -> tuple[list[float], list[float]]:
         """Returns the values of two fields in the rows that have both."""
-        pairs = [(a, b) for row in self.rows if (a := number(row, x)) is not None and (b := number(row, y)) is not None]
+        rows = (row for row in self.rows if x in row and y in row)
+        pairs = [(a, b) for row in rows if (a := number(row, x)) is not None and (b := number(row, y)) is not None]
         return [a for a, _ in pairs], [b for _, b in pairs]
 
     def last(self, key: str) -> float | None:
