@@ -154,4 +154,4 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right
 def _plain(text: str) -> str:
     """Returns Markdown that shows `text` as it is."""
     escaped = re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", text)
-    return re.sub(r"^(\s*)(\d+)?([-+.)=])", r"\1\2\\\3", escaped)
+    return re.sub(r"^(\s*)(\d*)([-+.)=])(?=[-=\s]|$)", r"\1\2\\\3", escaped)
