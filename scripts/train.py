@@ -5,6 +5,7 @@ python scripts/train.py --config configs/top10k.py [--workdir runs/top10k] [--co
 Before the first update of a run the doctor's fast checks look for faults that would train without an error.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -35,7 +36,20 @@ def main() -> int:
         require_health(config, data, workdir)
     result = train(config, data, workdir)
     print(result.summary())
+    # A rerun that had nothing to do leaves the run as it was.
+    if result.updates_done or not (result.workdir / "report.html").exists():
+        _report(result.workdir)
     return 128 + result.signal if result.signal else 0
+
+
+def _report(workdir: Path) -> None:
+    try:
+        from tinystories_jax.analysis.report import write_report
+
+        print(f"report: {write_report(workdir)}")
+    except Exception as error:  # whatever it is: the training is done and saved, and its exit code says so
+        reason = " ".join(str(error).split())
+        print(f"warning: no report was written ({type(error).__name__}: {reason})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,11 @@ def file_flags(tmp_path: Path, train: Path, valid: Path | None = None) -> list[s
         ("train_tokenizer", ["--output_dir=x", "--vocab_size=256"], ["--vocab_size=256"]),
         ("train_tokenizer", ["--output_dir=x", "--source=disk"], ["--source=disk", "hub|files|sample"]),
         ("train_tokenizer", ["--output_dir=x", "--source=files"], ["--train_files is empty"]),
+        ("report", [], ["RUN is missing"]),
+        ("report", ["runs/a", "runs/b"], ["'runs/b'", "one RUN too many"]),
+        ("report", ["runs/none"], ["runs/none/config.json does not exist"]),
+        ("report", ["runs/none", "--open"], ["open"]),
+        ("compare", ["runs/none"], ["RUN is missing", "needed 2", "given 1"]),
     ],
 )
 def test_a_flag_that_cannot_be_used_is_refused_by_name(script, arguments, said):
@@ -187,6 +192,8 @@ def test_a_config_file_without_sections_is_refused_by_their_names(tmp_path):
         ("sample", ["--top_k", "--top_p", "--repetition_penalty", "--seed", "--[no]stream"]),
         ("train_tokenizer", ["--vocab_size", "--output_dir", "--max_samples", "--source", "--train_files"]),
         ("train_tokenizer", ["--hub_name", "--hub_subset", "--hub_revision"]),
+        ("report", []),
+        ("compare", ["--output"]),
     ],
 )
 def test_help_names_the_flags(script, names):
@@ -197,8 +204,13 @@ def test_help_names_the_flags(script, names):
 
 
 def test_every_script_is_in_the_test_of_its_help():
-    expected = {"train", "prepare", "sample", "train_tokenizer", "doctor"}
-    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == expected
+    scripts = {"train", "prepare", "sample", "train_tokenizer", "doctor", "report", "compare"}
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == scripts
+
+
+@pytest.mark.parametrize("script", ["report", "compare"])
+def test_help_shows_the_arguments_that_are_no_flags(script):
+    assert "RUN is a folder" in run_script(script, "--help").stdout
 
 
 # ---- stories and tokenizers

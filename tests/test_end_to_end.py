@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def finished(place: Place) -> Path:
     result = place.train(workdir)
     assert result.returncode == 0, result.stderr
     assert f"python scripts/sample.py --checkpoint {workdir}" in result.stdout
+    assert f"report: {workdir / 'report.html'}\n" in result.stdout
     return workdir
 
 
@@ -129,6 +131,10 @@ def schedule_of(workdir: Path) -> dict[str, Any]:
 
 def total_updates(workdir: Path) -> int:
     return schedule_of(workdir)["total_updates"]
+
+
+def starts_of(workdir: Path) -> list[dict[str, Any]]:
+    return json.loads((workdir / "environment.json").read_text())["starts"]
 
 
 def metrics_of(workdir: Path) -> list[dict[str, Any]]:
@@ -168,7 +174,8 @@ def contents_of(folder: Path) -> dict[str, str]:
 
 def test_a_run_leaves_behind_all_that_belongs_to_it(finished):
     assert {path.name for path in finished.iterdir()} == {
-        *("config.json", "tokenizer", "checkpoints", "metrics.jsonl", "samples.jsonl", "tensorboard")
+        *("config.json", "environment.json", "tokenizer", "checkpoints", "metrics.jsonl", "samples.jsonl"),
+        *("tensorboard", "report.html"),
     }
     assert (finished / "tokenizer" / "tokenizer.json").is_file()
     assert any((finished / "tensorboard").glob("events.out.tfevents.*"))
@@ -212,6 +219,32 @@ def test_bits_per_byte_is_the_loss_in_other_units(finished, place):
     evaluated = read_jsonl(finished / "metrics.jsonl")[-1]
     expected = evaluated["valid/loss"] * manifest["num_tokens"] / (math.log(2) * manifest["num_bytes"])
     assert evaluated["valid/bits_per_byte"] == pytest.approx(expected)
+
+
+def test_a_run_says_on_what_it_was_made(finished):
+    (start,) = starts_of(finished)
+    assert start["command"].startswith("python scripts/train.py --config=configs/cpu_real.py")
+    assert (start["device"], start["num_devices"]) == ("cpu", 1)
+    assert start["versions"]["jax"] == version("jax")
+    assert start["started"] <= start["ended"]
+
+
+def test_a_run_ends_with_a_report(finished):
+    page = (finished / "report.html").read_text()
+    assert f"Finished: {total_updates(finished)} updates" in page
+    assert "<svg" in page
+
+
+def test_a_report_that_cannot_be_written_fails_no_training(finished, place, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "report.html").unlink()
+    (workdir / "evaluation.json").mkdir()
+    result = place.train(workdir)
+    assert result.returncode == 0, result.stderr
+    warning = result.stderr.splitlines()[-1]
+    assert warning.startswith("warning: no report was written (")
+    assert "evaluation.json" in warning
+    assert "report:" not in result.stdout
 
 
 def test_stories_are_sampled_at_each_evaluation(finished):
@@ -332,6 +365,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_end(finished, place, tmp_pa
     assert "Traceback" not in stderr
     (stopped_at,) = checkpoints_of(workdir)
     assert stopped_at < last
+    assert f"Stopped at update {stopped_at} of {last}, on " in (workdir / "report.html").read_text()
 
     process = start_training(place, workdir, num_prompts=2)
     code, stdout, stderr = interrupt(process, signal.SIGINT, at=f"update {stopped_at + 1}/")
@@ -355,6 +389,8 @@ def test_an_interrupted_run_goes_on_to_the_very_same_end(finished, place, tmp_pa
     assert metrics_of(workdir) == metrics_of(finished)
     assert parameter_bytes(workdir) == parameter_bytes(finished)
     assert checkpoints_of(workdir) == checkpoints_of(finished)
+    assert len(starts_of(workdir)) == 3
+    assert f"Finished: {last} updates" in (workdir / "report.html").read_text()
 
 
 def test_what_would_not_continue_a_run_is_refused_with_the_fields_that_differ(finished, place):

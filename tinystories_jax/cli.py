@@ -18,13 +18,18 @@ _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _MENDABLE = _FULL | _CLOSED | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, calls `main`, and exits with its code; `UserError` becomes one `error:` line per problem."""
+def run(main: Callable[..., int | None], *, positional: str = "", at_least: int = 0, at_most: int | None = 0) -> None:
+    """Parses the flags, calls `main`, and exits with its code; `UserError` becomes one `error:` line per problem.
+
+    `main` gets the arguments that are no flags, from `at_least` to `at_most` (None: any number) of what `positional`
+    names.
+    """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app.define_help_flags()
     try:
-        _parse_flags()
-        code = main() or 0
+        arguments = _parse_flags()
+        _check_count(arguments, positional, at_least, at_most)
+        code = main(*arguments) or 0
         sys.stdout.flush()
     except UserError as error:
         code = _complain(error.problems)
@@ -41,9 +46,10 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def _parse_flags() -> None:
+def _parse_flags() -> list[str]:
+    """Returns the arguments that are no flags."""
     try:
-        rest = flags.FLAGS(sys.argv)[1:]
+        arguments = flags.FLAGS(sys.argv)[1:]
         if "config" in flags.FLAGS:
             # The library keeps a failure to read the file until somebody looks into the config.
             getattr(flags.FLAGS["config"].value, "items", None)
@@ -51,8 +57,16 @@ def _parse_flags() -> None:
         sys.exit(0 if error.code == 1 else error.code)  # absl ends --help with 1
     except Exception as error:  # whatever a config file, which is the user's code, may raise
         raise UserError(f"{_describe(error)}; see --help") from error
-    if rest:
-        raise UserError(f"argument {rest[0]!r} is not a flag; flags read --name=value, see --help")
+    return arguments
+
+
+def _check_count(arguments: list[str], positional: str, at_least: int, at_most: int | None) -> None:
+    if not positional and arguments:
+        raise UserError(f"argument {arguments[0]!r} is not a flag; flags read --name=value, see --help")
+    if len(arguments) < at_least:
+        raise UserError(f"{positional} is missing: needed {at_least}, given {len(arguments)}; see --help")
+    if at_most is not None and len(arguments) > at_most:
+        raise UserError(f"argument {arguments[at_most]!r} is one {positional} too many: at most {at_most}; see --help")
 
 
 def _describe(error: Exception) -> str:

@@ -233,16 +233,20 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def contradictions(of_run: Config, requested: Config) -> list[str]:
     """Returns one line per field in which `requested` would not continue the run that `of_run` describes."""
-    lines = [] if of_run.seed == requested.seed else [f"seed: the run has {of_run.seed}, requested {requested.seed}"]
+    return [f"{name}: the run has {before}, requested {now}" for name, before, now in differences(of_run, requested)]
+
+
+def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
+    """Returns the fields that change the model or what it is trained on, with the two values where they differ."""
+    found = [] if first.seed == second.seed else [("seed", first.seed, second.seed)]
     for name, section_type in (*_SECTIONS.items(), ("schedule", Schedule)):
         if name in _FREE_SECTIONS:
             continue
-        old, new = getattr(of_run, name), getattr(requested, name)
         for item in dataclasses.fields(section_type):
-            before, now = getattr(old, item.name), getattr(new, item.name)
+            before, now = getattr(getattr(first, name), item.name), getattr(getattr(second, name), item.name)
             if not item.metadata.get("free") and before != now:
-                lines.append(f"{name}.{item.name}: the run has {before}, requested {now}")
-    return lines
+                found.append((f"{name}.{item.name}", before, now))
+    return found
 
 
 def _read_section(name: str, section_type: type, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:

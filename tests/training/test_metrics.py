@@ -6,10 +6,10 @@ import math
 
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import ModelConfig
+from tinystories_jax.training.jsonl import append_jsonl
 from tinystories_jax.training.metrics import (
     MetricsLog,
     ProgressLine,
-    append_jsonl,
     drop_after,
     flops_per_token,
     model_flops_utilization,

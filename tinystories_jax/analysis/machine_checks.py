@@ -17,7 +17,8 @@ from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training import optim, steps
 from tinystories_jax.training.checkpoint import max_checkpoints, restore_params
-from tinystories_jax.training.metrics import PEAK_BF16_FLOPS, read_rows
+from tinystories_jax.training.jsonl import read_jsonl
+from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
 
 _OLDEST_DRIVER = 525  # the first that runs CUDA 12
 _LOSS_BOUND = 1e-3  # relative: another device rounds otherwise
@@ -162,8 +163,7 @@ def check_checkpoint(data: PreparedData, run: Path) -> Check:
     Raises `UserError` when it cannot be restored.
     """
     params, meta = restore_params(run, "best")
-    rows = {row["update"]: row.get("valid/loss") for row in read_rows(run / "metrics.jsonl")}
-    logged = rows.get(meta.update)
+    logged = _logged_loss(run / "metrics.jsonl", meta.update)
     of_run, of_data = load_tokenizer(run / "tokenizer").sha256, data.tokenizer.sha256
     problems = [
         f"the tokenizer in the checkpoint has SHA-256 {meta.tokenizer.sha256[:16]}, that of {where} {found[:16]}"
@@ -189,3 +189,8 @@ def check_checkpoint(data: PreparedData, run: Path) -> Check:
         on_fail="; ".join(problems),
         figures={"update": meta.update, "loss": loss, "logged_loss": logged, "tokenizer_sha256": meta.tokenizer.sha256},
     )
+
+
+def _logged_loss(path: Path, update: int) -> float | None:
+    rows = read_jsonl(path)[0] if path.exists() else []
+    return next((row.get("valid/loss") for row in rows if row["update"] == update), None)

@@ -32,10 +32,11 @@ from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params, num_params, uses_flash_attention
 from tinystories_jax.training.checkpoint import Checkpoints, Meta, has_checkpoint, max_checkpoints
+from tinystories_jax.training.environment import recorded_start
+from tinystories_jax.training.jsonl import append_jsonl
 from tinystories_jax.training.metrics import (
     MetricsLog,
     ProgressLine,
-    append_jsonl,
     drop_after,
     flops_per_token,
     model_flops_utilization,
@@ -52,10 +53,12 @@ _NON_FINITE_ADVICE = (
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended. `best_update` and `best_loss` (nats per token) are None when nothing was evaluated; `seconds`
-    counts this process, without the preparation of data; `signal` is what stopped it, None when it came to its end."""
+    and `updates_done` count this process, without the preparation of data; `signal` is what stopped it, None when it
+    came to its end."""
 
     workdir: Path
     update: int
+    updates_done: int
     total_updates: int
     best_update: int | None
     best_loss: float | None
@@ -105,11 +108,15 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
         fresh = jax.jit(lambda: init_state(config, optimizer))()
         state, update = _start_or_resume(checkpoints, fresh, config, data)
         drop_after(workdir / "samples.jsonl", update)
+        resumed_at = update
         writes_board = config.logging.tensorboard and update < schedule.total_updates
         with (
             MetricsLog(workdir, resume_after=update, tensorboard=writes_board) as log,
             ProgressLine(total=schedule.total_updates, initial=update) as progress,
+            contextlib.ExitStack() as record,
         ):
+            if update < schedule.total_updates and not _out_of_patience(config, log):
+                record.enter_context(recorded_start(workdir))
             meter = _Meter(config, update, log.seconds)
             while update < schedule.total_updates and not stop.signal and not _out_of_patience(config, log):
                 for micro_step in range(update * micro_steps, (update + 1) * micro_steps):
@@ -144,6 +151,7 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
             return TrainResult(
                 workdir=workdir,
                 update=update,
+                updates_done=update - resumed_at,
                 total_updates=schedule.total_updates,
                 best_update=best_update,
                 best_loss=best.get("valid/loss"),

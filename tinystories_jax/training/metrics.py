@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.transformer import num_params
+from tinystories_jax.training.jsonl import read_jsonl
 
 PEAK_SOURCE = "dense bf16 with float32 accumulation, from NVIDIA's data sheets and architecture white papers"
 # Peaks in FLOP/s (H100/H200: 989.4 for SXM; PCIe 756, NVL 835; Ada: 165.2 for the RTX 4090; Blackwell: 209.5 for the
@@ -103,41 +104,17 @@ class MetricsLog:
         self._file.flush()
 
 
-def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends JSON objects to `path`, one per line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def drop_after(path: Path, update: int) -> None:
     """Removes the rows of `path` that stand after `update`, those of a stretch that a restart does again."""
     _keep_until(path, update)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a JSONL file of a run, in order; none when there is no file.
-
-    A line that is no row with an update is left out: it is one that a killed process was writing.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    # Not splitlines: a story may hold other line separators of Unicode, which JSON leaves as they are.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("update"), int):
-            rows.append(row)
-    return rows
 
 
 def _keep_until(path: Path, update: int) -> list[dict[str, Any]]:
     """Returns the rows up to `update`, after removing all else from the file: the lost stretch is done again."""
     if not path.exists():
         return []
-    rows = [row for row in read_rows(path) if row["update"] <= update]
+    # Damaged rows go: what a killed process was writing stands for an update that is done again.
+    rows = [row for row in read_jsonl(path)[0] if row["update"] <= update]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

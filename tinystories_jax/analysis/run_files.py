@@ -1,0 +1,203 @@
+"""Reads what a run has written so far, at any moment of it and without JAX."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tinystories_jax.config import Config, Schedule, from_dict
+from tinystories_jax.errors import UserError
+from tinystories_jax.training.jsonl import read_jsonl
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure of evaluation.json, with its 95 % interval, and the same figure for real stories; None is unknown."""
+
+    name: str
+    unit: str
+    value: float | None
+    interval: Interval | None
+    real: float | None = None
+    real_interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One of the recipe's criteria of success, and the figure that decided it."""
+
+    name: str
+    passed: bool
+    figure: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """evaluation.json. `grammar` is out of 10, `articles` the share of needed articles that are there."""
+
+    update: int | None
+    num_stories: int | None
+    scores: tuple[Score, ...]
+    criteria: tuple[Criterion, ...]
+    grammar: Score
+    articles: Score
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What stands in `folder`. `problems` says, a line each, what of it is damaged; what is not there yet is none.
+
+    rows: metrics.jsonl. samples: samples.jsonl. starts: environment.json. last_written: when the metrics grew last,
+    seconds since 1970, None before.
+    """
+
+    folder: Path
+    config: Config
+    tokenizer_sha256: str | None
+    rows: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    evaluation: Evaluation | None
+    starts: list[dict[str, Any]]
+    last_written: float | None
+    problems: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.absolute().name
+
+    @property
+    def schedule(self) -> Schedule:
+        assert self.config.schedule is not None
+        return self.config.schedule
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows with a validation loss."""
+        return [row for row in self.rows if number(row, "valid/loss") is not None]
+
+    @cached_property
+    def best(self) -> dict[str, Any] | None:
+        """The row with the best validation loss."""
+        return min(self.evaluations, key=lambda row: row["valid/loss"], default=None)
+
+    def series(self, x: str, y: str) -> tuple[list[float], list[float]]:
+        """Returns the values of two fields in the rows that have both."""
+        rows = (row for row in self.rows if x in row and y in row)
+        pairs = [(a, b) for row in rows if (a := number(row, x)) is not None and (b := number(row, y)) is not None]
+        return [a for a, _ in pairs], [b for _, b in pairs]
+
+    def last(self, key: str) -> float | None:
+        """Returns the newest value of a field."""
+        return next((value for row in reversed(self.rows) if (value := number(row, key)) is not None), None)
+
+    def samples_of(self, update: int) -> list[dict[str, Any]]:
+        """Returns the rows of the stories written at `update`, in the order of the prompts."""
+        return [row for row in self.samples if row["update"] == update]
+
+
+def number(row: dict[str, Any], key: str) -> float | None:
+    """Returns a finite number, None where there is none."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Returns what stands in the run; raises `UserError` where `folder` is none or its config cannot be read."""
+    config = _read_config(folder)
+    problems: list[str] = []
+    rows = _read_rows(folder / "metrics.jsonl", problems)
+    samples = _read_rows(folder / "samples.jsonl", problems)
+    written = [row for row in samples if isinstance(row.get("prompt"), str) and isinstance(row.get("text"), str)]
+    if len(written) < len(samples):
+        problems.append(f"samples.jsonl: {len(samples) - len(written)} rows without a prompt and a text left out")
+    metrics, tokenizer = folder / "metrics.jsonl", folder / "tokenizer" / "tokenizer.json"
+    return RunFiles(
+        folder=folder,
+        config=config,
+        tokenizer_sha256=sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+        rows=rows,
+        samples=written,
+        evaluation=_read_evaluation(folder / "evaluation.json", problems),
+        starts=_read_starts(folder / "environment.json", problems),
+        last_written=metrics.stat().st_mtime if rows else None,
+        problems=tuple(problems),
+    )
+
+
+def _read_config(folder: Path) -> Config:
+    path = folder / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path} does not exist: {folder} is no run; give a workdir that train.py made") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a run's config ({reason})") from error
+
+
+def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows, num_damaged = read_jsonl(path)
+    if num_damaged:
+        problems.append(f"{path.name}: {num_damaged} damaged line{'s' * (num_damaged > 1)} left out")
+    return rows
+
+
+def _read_evaluation(path: Path, problems: list[str]) -> Evaluation | None:
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Evaluation(
+            update=values.get("checkpoint_update"),
+            num_stories=values.get("num_stories"),
+            scores=tuple(_score(score) for score in values.get("scores") or ()),
+            criteria=tuple(
+                Criterion(str(criterion["name"]), bool(criterion["passed"]), str(criterion["figure"]))
+                for criterion in values.get("criteria") or ()
+            ),
+            grammar=Score("grammar", "of 10", number(values, "grammar"), _interval(values.get("grammar_interval"))),
+            articles=Score("articles", "share", number(values, "articles"), _interval(values.get("articles_interval"))),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        problems.append(f"{path.name}: cannot be read as scores ({type(error).__name__}: {error})")
+        return None
+
+
+def _score(values: dict[str, Any]) -> Score:
+    return Score(
+        name=str(values["name"]),
+        unit=str(values.get("unit") or ""),
+        value=number(values, "value"),
+        interval=_interval(values.get("interval")),
+        real=number(values, "real"),
+        real_interval=_interval(values.get("real_interval")),
+    )
+
+
+def _interval(values: Any) -> Interval | None:
+    if values is None:
+        return None
+    low, high = values
+    return float(low), float(high)
+
+
+def _read_starts(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        if not all(isinstance(start, dict) for start in starts):
+            raise ValueError("a start is no object")
+        return list(starts)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        problems.append(f"{path.name}: cannot be read ({type(error).__name__}: {error})")
+        return []

@@ -1,0 +1,122 @@
+"""Sides of a comparison: runs that differ in nothing but their seed are one side, and show how far seeds vary."""
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinystories_jax.analysis.run_files import RunFiles, number, read_run
+from tinystories_jax.config import Config, differences
+from tinystories_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Side:
+    """`letter` names it; `runs` have one config but for the seed and what may differ between a run and its
+    continuation, one tokenizer, and no seed twice."""
+
+    letter: str
+    runs: tuple[RunFiles, ...]
+
+    @property
+    def config(self) -> Config:
+        return self.runs[0].config
+
+    @property
+    def names(self) -> str:
+        return ", ".join(run.name for run in self.runs)
+
+
+def read_sides(folders: Sequence[Path]) -> tuple[Side, ...]:
+    """Returns the sides in the order in which their first runs are given; raises `UserError` for what is no run."""
+    problems: list[str] = []
+    runs: list[RunFiles] = []
+    for index, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:index]]:
+            problems.append(f"{folder} is given twice")
+            continue
+        try:
+            run = read_run(folder)
+        except UserError as error:
+            problems += error.problems
+            continue
+        if run.tokenizer_sha256 is None:
+            problems.append(f"{folder}/tokenizer/tokenizer.json does not exist: nothing tells what a loss is to mean")
+        runs.append(run)
+    if problems:
+        raise UserError(problems)
+    groups: list[list[RunFiles]] = []
+    for run in runs:
+        home = next((group for group in groups if all(_differ_in_seed_alone(run, other) for other in group)), None)
+        if home is None:
+            groups.append([run])
+        else:
+            home.append(run)
+    letters = [*string.ascii_uppercase, *(f"S{index}" for index in range(len(string.ascii_uppercase), len(groups)))]
+    return tuple(Side(letter, tuple(group)) for letter, group in zip(letters, groups, strict=False))
+
+
+def _differ_in_seed_alone(first: RunFiles, second: RunFiles) -> bool:
+    # The same seed twice is the same run again, or one by other code: in neither case do the two show what seeds do.
+    fields = [field for field, _, _ in differences(first.config, second.config)]
+    return fields == ["seed"] and same_tokenizer(first, second)
+
+
+def same_tokenizer(first: RunFiles, second: RunFiles) -> bool:
+    return first.tokenizer_sha256 == second.tokenizer_sha256
+
+
+def describe_difference(reference: Side, side: Side) -> str:
+    """Returns in which settings `side` differs from `reference`."""
+    found = [item for item in differences(reference.config, side.config) if item[0] != "seed"]
+    # The schedule follows from the other fields, unless it is the data that differ.
+    settings = [item for item in found if not item[0].startswith("schedule.")] or found
+    parts = [f"{name} {_short(now)} instead of {_short(before)}" for name, before, now in settings]
+    if not same_tokenizer(reference.runs[0], side.runs[0]):
+        parts.append("another tokenizer")
+    return ", ".join(parts) or "nothing that the configs tell: the same seed again, perhaps with other code"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return repr(value) if text == "" else text if len(text) <= 40 else text[:37] + "..."
+
+
+def find_doubts(sides: Sequence[Side]) -> list[str]:
+    """Returns what stands in the way of comparing the runs, a sentence each."""
+    runs = [run for side in sides for run in side.runs]
+    doubts = [f"{run.name}: {problem}." for run in runs for problem in run.problems]
+    doubts += [
+        f"{run.name} has {run.rows[-1]['update'] if run.rows else 0:,} of {run.schedule.total_updates:,} updates."
+        for run in runs
+        if not run.rows or run.rows[-1]["update"] < run.schedule.total_updates
+    ]
+    if len({run.config.eval.max_batches for run in runs}) > 1:
+        doubts.append("eval.max_batches differs: validation figures come from different parts of the split.")
+    if len({_valid_source(run.config) for run in runs}) > 1:
+        doubts.append("The runs name different validation stories; their scores compare only if these are the same.")
+    reference = bytes_per_token(runs[0])
+    for run in runs[1:]:
+        ratio = bytes_per_token(run)
+        if reference is None or ratio is None or not same_tokenizer(run, runs[0]):
+            continue
+        if not math.isclose(ratio, reference, rel_tol=1e-6):
+            doubts.append(f"{run.name} was validated on other stories than {runs[0].name}: scores do not compare.")
+    return doubts
+
+
+def _valid_source(config: Config) -> tuple[str, ...]:
+    data = config.data
+    if data.source == "files":
+        return data.source, data.valid_files
+    return (data.source, data.hub_name, data.hub_revision) if data.source == "hub" else (data.source,)
+
+
+def bytes_per_token(run: RunFiles) -> float | None:
+    """Returns the UTF-8 bytes of a token of the validation split, which loss and bits per byte imply."""
+    for row in run.evaluations:
+        bits = number(row, "valid/bits_per_byte")
+        if bits:
+            return row["valid/loss"] / (math.log(2) * bits)
+    return None
