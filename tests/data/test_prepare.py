@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from tinystories_jax.config import Config, resolve
-from tinystories_jax.data.prepare import PreparedData, count_shared_stories, prepare_data, prepare_tokenizer
+from tinystories_jax.data.prepare import (
+    PreparedData,
+    count_shared_stories,
+    find_data,
+    prepare_data,
+    prepare_tokenizer,
+)
 from tinystories_jax.data.stories import END_OF_STORY
 from tinystories_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from tinystories_jax.errors import UserError
@@ -215,3 +221,61 @@ def test_missing_files_of_both_splits_are_reported_together_before_anything_is_b
     assert ["no_train" in line for line in caught.value.problems] == [True, False]
     assert ["no_valid" in line for line in caught.value.problems] == [False, True]
     assert not (place.folder / "cache" / "tokenizers").exists()
+
+
+# ---- what is there already
+
+
+def files_below(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_what_is_prepared_is_found_and_nothing_is_written(place, monkeypatch):
+    # Files this young are otherwise not remembered.
+    monkeypatch.setattr("tinystories_jax.data.files._SETTLED_SECONDS", 0.0)
+    prepared = place.prepare()
+    (place.folder / "cache" / "source_hashes.json").unlink()
+    before = files_below(place.folder)
+    found = find_data(place.config())
+    assert found is not None
+    assert (found.tokenizer, found.report) == (prepared.tokenizer, prepared.report)
+    assert (found.train.folder, found.valid.folder) == (prepared.train.folder, prepared.valid.folder)
+    assert np.array_equal(found.train.tokens, prepared.train.tokens)
+    assert files_below(place.folder) == before
+
+
+@pytest.mark.parametrize("missing", ["everything", "tokenizer", "train", "validation", "those of other stories"])
+def test_what_is_not_prepared_is_not_found_and_not_built(place, missing):
+    if missing != "everything":
+        prepared = place.prepare()
+        folders = {"tokenizer": place.folders("tokenizers")[0], "train": prepared.train.folder}
+        folders["validation"] = prepared.valid.folder
+        if missing in folders:
+            folders[missing].rename(place.folder / "elsewhere")
+        else:
+            write_stories(place.folder / "valid.txt", range(10))
+    before = files_below(place.folder)
+    assert find_data(place.config()) is None
+    assert files_below(place.folder) == before
+
+
+def test_a_given_tokenizer_and_its_caches_are_found(place):
+    path = save_tokenizer(train_bpe([story(0), "Other text."], vocab_size=270), place.folder / "given")
+    assert find_data(place.config(tokenizer__path=str(path))) is None
+    prepared = place.prepare(tokenizer__path=str(path))
+    found = find_data(place.config(tokenizer__path=str(path)))
+    assert found is not None
+    assert found.train.manifest == prepared.train.manifest
+
+
+def test_finding_refuses_what_is_damaged_or_cannot_be_read(place):
+    with pytest.raises(UserError, match="matches no file"):
+        find_data(place.config(data__train_files="no_train.txt"))
+    (place.prepare().train.folder / "tokens.bin").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"tokens\.bin has 7 bytes.*--rebuild"):
+        find_data(place.config())
+
+
+def test_the_hub_is_not_asked_for_what_is_not_prepared(place, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert find_data(place.config(data__source="hub")) is None

@@ -190,10 +190,10 @@ def _too_long(path: Path, place: str) -> UserError:
     )
 
 
-def hash_files(files: str, memo_path: Path | None) -> list[dict[str, str]]:
+def hash_files(files: str, memo_path: Path | None, *, remember: bool = True) -> list[dict[str, str]]:
     """Returns suffix and SHA-256 of each file, in order; `memo_path` remembers them, so that a start need not read all.
 
-    A memo that cannot be read is ignored, and written anew.
+    A memo that cannot be read is ignored, and written anew; without `remember` nothing is written.
     """
     memo = _read_memo(memo_path)
     known = dict(memo)
@@ -206,7 +206,7 @@ def hash_files(files: str, memo_path: Path | None) -> list[dict[str, str]]:
         hashes.append({"suffix": path.suffix.lower(), "sha256": known[key]["sha256"]})
         if _stamp(path) != stamp or time.time_ns() - max(stamp[1:3]) < _SETTLED_SECONDS * 1e9:
             del known[key]
-    if memo_path is not None and known != memo:
+    if remember and memo_path is not None and known != memo:
         _write_memo(memo_path, known)
     return hashes
 

@@ -76,7 +76,7 @@ def prepare_data(
 
     Raises `UserError` for sources, tokenizers and caches that cannot be used, and for a split without stories.
     """
-    sources = (train_source(config.data), valid_source(config.data))
+    sources = _splits(config.data)
     # Both before anything is built: a wrong path of the second split is noticed now and not in an hour.
     identities = _identify(sources, config.data)
     tokenizer = prepare_tokenizer(config.data, config.tokenizer, rebuild=rebuild, show_progress=show_progress, log=log)
@@ -86,12 +86,44 @@ def prepare_data(
         )
         for source, identity in zip(sources, identities, strict=True)
     )
+    data = _gather(tokenizer, train, valid)
+    log(data.report)
+    return data
+
+
+def find_data(config: Config) -> PreparedData | None:
+    """Returns what `prepare_data` would reuse, or None when tokenizer or caches are still to be built.
+
+    Writes nothing and asks no network. Raises `UserError` as `prepare_data` does, for sources that cannot be read and
+    for what is there but damaged.
+    """
+    sources = _splits(config.data)
+    identities = _identify(sources, config.data, remember=False)
+    tokenizer = _find_tokenizer(config.data, config.tokenizer)
+    if tokenizer is None:
+        return None
+    places = [
+        _cache_place(source, identity, tokenizer, config.data.cache_dir)
+        for source, identity in zip(sources, identities, strict=True)
+    ]
+    if not all(folder.exists() for folder, _ in places):
+        return None
+    train, valid = (
+        open_cache(folder, fingerprint=fingerprint, rebuild_command=rebuild_command()) for folder, fingerprint in places
+    )
+    return _gather(tokenizer, train, valid)
+
+
+def _splits(data: DataConfig) -> tuple[StorySource, StorySource]:
+    return train_source(data), valid_source(data)
+
+
+def _gather(tokenizer: StoryTokenizer, train: TokenCache, valid: TokenCache) -> PreparedData:
     reports = {
         "train": StoryReport(**train.manifest.report),
         "validation": StoryReport(**valid.manifest.report),
     }
     report = format_report(reports, count_shared_stories(train, valid))
-    log(report)
     return PreparedData(tokenizer=tokenizer, train=train, valid=valid, report=report)
 
 
@@ -145,13 +177,8 @@ def prepare_tokenizer(
     Raises `UserError` when it is unusable or has more than tokenizer.vocab_size tokens.
     """
     if config.path:
-        tokenizer = load_tokenizer(config.path)
+        tokenizer = _load_given(config)
         log(f"tokenizer: loaded {config.path} ({tokenizer.vocab_size:,} tokens)")
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(
-                f"tokenizer.path={config.path} has {tokenizer.vocab_size:,} tokens, more than "
-                f"tokenizer.vocab_size={config.vocab_size:,}; give --config.tokenizer.vocab_size={tokenizer.vocab_size}"
-            )
     else:
         tokenizer = _trained_tokenizer(data, config, rebuild=rebuild, show_progress=show_progress, log=log)
     if tokenizer.vocab_size < config.vocab_size:
@@ -162,18 +189,45 @@ def prepare_tokenizer(
     return tokenizer
 
 
-def _trained_tokenizer(
-    data: DataConfig, config: TokenizerConfig, *, rebuild: bool, show_progress: bool, log: Callable[[str], None]
-) -> StoryTokenizer:
-    source = tokenizer_source(data, config)
-    trained_on: dict[str, object] = {
-        "source": source_identity(source, _memo_path(data)),
+def _find_tokenizer(data: DataConfig, config: TokenizerConfig) -> StoryTokenizer | None:
+    if config.path:
+        return _load_given(config)
+    fingerprint = fingerprint_of(_trained_on(data, config, remember=False))
+    folder = _tokenizer_folder(data, fingerprint)
+    return _open_tokenizer(folder, fingerprint) if folder.exists() else None
+
+
+def _load_given(config: TokenizerConfig) -> StoryTokenizer:
+    tokenizer = load_tokenizer(config.path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"tokenizer.path={config.path} has {tokenizer.vocab_size:,} tokens, more than "
+            f"tokenizer.vocab_size={config.vocab_size:,}; give --config.tokenizer.vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _trained_on(data: DataConfig, config: TokenizerConfig, *, remember: bool = True) -> dict[str, object]:
+    """Returns what a trained tokenizer's fingerprint is made of."""
+    return {
+        "source": source_identity(tokenizer_source(data, config), _memo_path(data), remember=remember),
         "vocab_size": config.vocab_size,
         "max_samples": config.max_samples,
         "trainer": _TRAINER_VERSION,
     }
+
+
+def _tokenizer_folder(data: DataConfig, fingerprint: str) -> Path:
+    return Path(data.cache_dir) / "tokenizers" / fingerprint[:16]
+
+
+def _trained_tokenizer(
+    data: DataConfig, config: TokenizerConfig, *, rebuild: bool, show_progress: bool, log: Callable[[str], None]
+) -> StoryTokenizer:
+    source = tokenizer_source(data, config)
+    trained_on = _trained_on(data, config)
     fingerprint = fingerprint_of(trained_on)
-    folder = Path(data.cache_dir) / "tokenizers" / fingerprint[:16]
+    folder = _tokenizer_folder(data, fingerprint)
     if rebuild or not folder.exists():
         samples = f"up to {config.max_samples:,}" if config.max_samples else "all"
         log(f"tokenizer: training {config.vocab_size:,} tokens on {samples} stories of {_name_of(source)}")
@@ -214,6 +268,14 @@ def _open_tokenizer(folder: Path, fingerprint: str) -> StoryTokenizer:
     return tokenizer
 
 
+def _cache_place(
+    source: StorySource, identity: dict[str, object], tokenizer: StoryTokenizer, cache_dir: str
+) -> tuple[Path, str]:
+    """Returns the folder of a token cache and its whole fingerprint."""
+    fingerprint = cache_fingerprint(tokenizer.sha256, identity)
+    return Path(cache_dir) / "tokens" / f"{source.split}-{fingerprint[:16]}", fingerprint
+
+
 def _prepare_cache(
     source: StorySource,
     identity: dict[str, object],
@@ -224,8 +286,7 @@ def _prepare_cache(
     show_progress: bool,
     log: Callable[[str], None],
 ) -> TokenCache:
-    fingerprint = cache_fingerprint(tokenizer.sha256, identity)
-    folder = Path(cache_dir) / "tokens" / f"{source.split}-{fingerprint[:16]}"
+    folder, fingerprint = _cache_place(source, identity, tokenizer, cache_dir)
     reused = folder.exists() and not rebuild
     if not reused:
         log(f"{source.split}: encoding the stories of {_name_of(source)}")
@@ -236,14 +297,15 @@ def _prepare_cache(
     return cache
 
 
-def _identify(sources: Sequence[StorySource], data: DataConfig) -> list[dict[str, object]]:
+def _identify(sources: Sequence[StorySource], data: DataConfig, *, remember: bool = True) -> list[dict[str, object]]:
     """Returns what each source's cache is tied to; raises one `UserError` for all that cannot be read."""
     identities: list[dict[str, object]] = []
     problems: list[str] = []
     for source in sources:
         try:
             # The identity of files is their content alone; a cache also belongs to one split.
-            identities.append({"split": source.split, **source_identity(source, _memo_path(data))})
+            identity = source_identity(source, _memo_path(data), remember=remember)
+            identities.append({"split": source.split, **identity})
         except UserError as error:
             problems += error.problems
     if problems:

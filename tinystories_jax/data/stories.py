@@ -126,17 +126,18 @@ def iter_stories(source: StorySource, report: StoryReport, seen: SeenStories) ->
         raise UserError(f"split {source.split} of {source.files or source.hub_name or source.kind} holds no story")
 
 
-def source_identity(source: StorySource, memo_path: Path | None) -> dict[str, object]:
+def source_identity(source: StorySource, memo_path: Path | None, *, remember: bool = True) -> dict[str, object]:
     """Returns, JSON-able, what makes two readings the same: wherever files lie, their contents count.
 
-    `memo_path` is a small file that remembers the hashes of large files (see `hash_files`); None is no memo.
+    `memo_path` is a small file that remembers the hashes of large files (see `hash_files`); None is no memo, and
+    without `remember` it is only read.
     """
     identity: dict[str, object] = {"kind": source.kind}
     if source.kind == "hub":
         identity |= {"name": source.hub_name, "subset": source.hub_subset, "revision": source.hub_revision}
         identity |= {"split": source.split}
     elif source.kind == "files":
-        identity |= {"files": hash_files(source.files, memo_path)}
+        identity |= {"files": hash_files(source.files, memo_path, remember=remember)}
     else:
         identity |= {"sample": sample_identity(), "split": source.split}
     return {**identity, "max_stories": source.max_stories, "cleaning_version": CLEANING_VERSION}
