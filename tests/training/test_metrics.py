@@ -13,6 +13,7 @@ from tinystories_jax.training.metrics import (
     drop_after,
     flops_per_token,
     model_flops_utilization,
+    split_flops_per_token,
 )
 
 TOP10K = ModelConfig(
@@ -43,6 +44,15 @@ def test_flops_per_token_by_hand():
     assert flops_per_token(TOP10K, 512) == 6 * 22_750_784 + 6 * 512 * 448 * 7
     untied = dataclasses.replace(TOP10K, tie_embeddings=False)
     assert flops_per_token(untied, 512) == flops_per_token(TOP10K, 512)
+
+
+def test_flops_split_by_hand():
+    norms = (2 * 7 + 1) * 448
+    layers = 7 * (4 * 448 * 448 + 3 * 448 * 1344) + norms
+    split = split_flops_per_token(TOP10K, 512)
+    assert split == (6 * layers, 6 * 512 * 448 * 7, 6 * 10_000 * 448)
+    assert sum(split) == flops_per_token(TOP10K, 512)
+    assert split_flops_per_token(dataclasses.replace(TOP10K, tie_embeddings=False), 512) == split
 
 
 def test_mfu_of_an_unknown_device_is_none():

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from tensorboardX import SummaryWriter
@@ -15,9 +15,9 @@ from tqdm import tqdm
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.transformer import num_params
 
-# Dense bf16 peaks in FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture white papers
-# (H100/H200: 989.4 for SXM; PCIe 756, NVL 835; Ada: 165.2 for the RTX 4090; Blackwell: 209.5 for the RTX 5090).
-# By the exact name that the driver reports: "RTX 4090" is also part of "RTX 4090 Laptop GPU", which is another chip.
+PEAK_SOURCE = "dense bf16 with float32 accumulation, from NVIDIA's data sheets and architecture white papers"
+# Peaks in FLOP/s (H100/H200: 989.4 for SXM; PCIe 756, NVL 835; Ada: 165.2 for the RTX 4090; Blackwell: 209.5 for the
+# RTX 5090). By the exact name that the driver reports: "RTX 4090" is also part of "RTX 4090 Laptop GPU", another chip.
 PEAK_BF16_FLOPS = {
     "NVIDIA H200": 989.4e12,
     "NVIDIA H100 80GB HBM3": 989.4e12,
@@ -33,15 +33,29 @@ PEAK_BF16_FLOPS = {
 }
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Returns the FLOPs of one training token: 6 per matrix parameter, and causal attention.
+class TokenFlops(NamedTuple):
+    """The FLOPs of one training token by where they are spent."""
+
+    layers: float
+    attention: float
+    logits: float
+
+
+def split_flops_per_token(model: ModelConfig, sequence_length: int) -> TokenFlops:
+    """Returns the FLOPs of one training token: 6 per parameter of layers and output matrix, and causal attention.
 
     6 N: 2 forward, 4 backward (Kaplan et al. 2020, arXiv:2001.08361). Attention: two products of half the square, so
     6 x sequence_length x width per layer. An embedding that is not also the output matrix is a look-up, not a product.
     """
-    lookup_only = 0 if model.tie_embeddings else model.vocab_size * model.d_model
-    attention = 6 * sequence_length * model.num_heads * model.head_dim * model.num_layers
-    return 6.0 * (num_params(model) - lookup_only) + attention
+    output_matrix = model.vocab_size * model.d_model
+    in_layers = num_params(model) - output_matrix * (1 if model.tie_embeddings else 2)
+    attention = 6.0 * sequence_length * model.num_heads * model.head_dim * model.num_layers
+    return TokenFlops(layers=6.0 * in_layers, attention=attention, logits=6.0 * output_matrix)
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Returns the FLOPs of one training token, the sum of `split_flops_per_token`."""
+    return sum(split_flops_per_token(model, sequence_length))
 
 
 def model_flops_utilization(tokens_per_second: float, flops_per_token: float) -> float | None:
