@@ -161,6 +161,12 @@ class Checkpoints:
         return TrainState(items["training"]["micro_step"], items["params"], items["training"]["opt_state"]), meta
 
 
+def max_checkpoints(config: Config) -> int:
+    """Returns how many checkpoints a run can end with: the latest ones, the best, and one per epoch."""
+    assert config.schedule is not None
+    return config.checkpoint.keep + 1 + len(config.schedule.epoch_ends)
+
+
 def has_checkpoint(run: Path) -> bool:
     """Returns whether `run` holds a finished checkpoint."""
     folder = run / "checkpoints"

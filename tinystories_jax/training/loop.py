@@ -31,7 +31,7 @@ from tinystories_jax.evaluation.samples import check_prompts, write_stories
 from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params, num_params, uses_flash_attention
-from tinystories_jax.training.checkpoint import Checkpoints, Meta, has_checkpoint
+from tinystories_jax.training.checkpoint import Checkpoints, Meta, has_checkpoint, max_checkpoints
 from tinystories_jax.training.metrics import (
     MetricsLog,
     ProgressLine,
@@ -215,7 +215,6 @@ def _announce(config: Config, workdir: Path) -> None:
     attention = "cuDNN flash" if uses_flash_attention(config.model, device) else "plain, by blocks of queries"
     # Parameters, AdamW's two moments and the sum of gradients, all float32.
     checkpoint_megabytes = num_params(config.model) * 4 * 4 / 1e6
-    kept = config.checkpoint.keep + 1 + len(schedule.epoch_ends)
     lines = [
         f"run       {workdir}",
         f"device    {device.device_kind}, attention: {attention}",
@@ -223,7 +222,7 @@ def _announce(config: Config, workdir: Path) -> None:
         f"schedule  {schedule.total_updates:,} updates of {tokens_per_update:,} tokens, "
         f"{schedule.epoch_at(schedule.total_updates):.2f} epochs, warm-up {schedule.warmup_updates:,} updates",
     ]
-    lines.insert(-1, f"disk      up to {kept:,} checkpoints of {checkpoint_megabytes:,.1f} MB")
+    lines.insert(-1, f"disk      up to {max_checkpoints(config):,} checkpoints of {checkpoint_megabytes:,.1f} MB")
     if config.data.source == "sample":
         lines.insert(1, "stories   the bundled sample: made up by this project, not TinyStories")
     if schedule.warmup_updates < config.optim.warmup_updates:
