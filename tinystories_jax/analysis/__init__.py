@@ -1,0 +1,1 @@
+"""What is said about a run beside training it: before, what it will cost."""
