@@ -1,6 +1,7 @@
 """The scripts as a user starts them: whatever they can mend is an `error:` line and exit code 2, never a traceback."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -99,6 +100,8 @@ def file_flags(tmp_path: Path, train: Path, valid: Path | None = None) -> list[s
     [
         ("train", [], ["--config is missing"]),
         ("prepare", [], ["--config is missing"]),
+        ("plan", [], ["--config is missing"]),
+        ("plan", [TOP10K, "--mfu=40"], ["--mfu=40"]),
         ("sample", [], ["--checkpoint is missing"]),
         ("train_tokenizer", [], ["--output_dir is missing"]),
         ("train", ["--config=configs/none.py"], ["cannot be read", "configs/none.py"]),
@@ -188,6 +191,7 @@ def test_a_config_file_without_sections_is_refused_by_their_names(tmp_path):
         ("train", ["--config", "--workdir", "--[no]doctor"]),
         ("doctor", ["--config", "--workdir", "--checkpoint", "--[no]json", "--[no]verbose"]),
         ("prepare", ["--config", "--[no]rebuild"]),
+        ("plan", ["--config", "--[no]json", "--mfu", "--[no]measure"]),
         ("sample", ["--checkpoint", "--step", "--prompt", "--num_samples", "--max_new_tokens", "--temperature"]),
         ("sample", ["--top_k", "--top_p", "--repetition_penalty", "--seed", "--[no]stream"]),
         ("train_tokenizer", ["--vocab_size", "--output_dir", "--max_samples", "--source", "--train_files"]),
@@ -204,7 +208,7 @@ def test_help_names_the_flags(script, names):
 
 
 def test_every_script_is_in_the_test_of_its_help():
-    scripts = {"train", "prepare", "sample", "train_tokenizer", "doctor", "report", "compare"}
+    scripts = {"train", "prepare", "sample", "train_tokenizer", "doctor", "plan", "report", "compare"}
     assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == scripts
 
 
@@ -225,6 +229,13 @@ def test_files_that_do_not_exist_are_refused_by_name(tmp_path, story_file):
     )
     assert "none.txt: matches no file" in error_line(result)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_plan_is_json_and_prepares_nothing(tmp_path, story_file):
+    result = run_script("plan", *file_flags(tmp_path, story_file), "--json", "--nomeasure")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["work"]["updates"] == 600
+    assert list(tmp_path.iterdir()) == [story_file]
 
 
 def test_a_tokenizer_that_is_none_is_refused_by_name(tmp_path, story_file):

@@ -227,7 +227,7 @@ def test_too_little_room_for_the_checkpoints_is_found(config, tmp_path, monkeypa
 
 def test_memory_that_does_not_suffice_is_found_with_the_micro_batch_that_fits(config, monkeypatch, tmp_path):
     config = doctor._complete(config, None)
-    needed = machine_checks.step_memory(config, 4).total
+    needed = machine_checks.step_memory(config, 4).total_bytes
     monkeypatch.setattr(machine_checks, "_memory_limit", lambda device: needed - 1)
     check = machine_checks.check_machine(config, tmp_path, measure_memory=True)
     assert check.outcome == Outcome.FAIL
@@ -247,7 +247,7 @@ def flags_of(config: Config, *more: str) -> list[str]:
             f"--config.data.train_files={data.train_files}",
         ),
         *(f"--config.data.valid_files={data.valid_files}", f"--config.data.cache_dir={data.cache_dir}"),
-        *("--config.data.sequence_length=16", "--config.tokenizer.vocab_size=300", "--config.model.d_model=32"),
+        *("--config.data.sequence_length=32", "--config.tokenizer.vocab_size=300", "--config.model.d_model=32"),
         *("--config.model.num_layers=2", "--config.model.num_heads=2", "--config.model.d_ff=64"),
         *("--config.train.max_updates=4", "--config.eval.every=2", "--config.sample.max_new_tokens=4"),
         *more,

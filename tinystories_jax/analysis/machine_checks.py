@@ -4,18 +4,17 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.analysis.measure import step_memory
 from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
 from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training import optim, steps
 from tinystories_jax.training.checkpoint import max_checkpoints, restore_params
 from tinystories_jax.training.jsonl import read_jsonl
 from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
@@ -23,18 +22,6 @@ from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
 _OLDEST_DRIVER = 525  # the first that runs CUDA 12
 _LOSS_BOUND = 1e-3  # relative: another device rounds otherwise
 _MARGIN_BYTES = 2**28  # metrics, samples, TensorBoard
-
-
-class StepMemory(NamedTuple):
-    """What XLA says that one compiled training step needs, in bytes."""
-
-    rows: int
-    state_and_block: int
-    temporaries: int
-
-    @property
-    def total(self) -> int:
-        return self.state_and_block + self.temporaries
 
 
 def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Check:
@@ -103,32 +90,17 @@ def _free_disk(workdir: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def step_memory(config: Config, rows: int) -> StepMemory:
-    """Compiles the training step for micro-batches of `rows` rows, at full size, and returns what it needs."""
-    assert config.schedule is not None
-    optimizer = optim.make_optimizer(config)
-    train_step: Any = steps.make_train_step(
-        config, optimizer, optim.learning_rate_schedule(config.optim, config.schedule)
-    )
-    state = jax.eval_shape(lambda: steps.init_state(config, optimizer))
-    block = jax.ShapeDtypeStruct((rows, config.data.sequence_length + 1), jnp.int32)
-    mask = jax.ShapeDtypeStruct((config.model.vocab_size,), bool)
-    needs = train_step.lower(state, block, mask).compile().memory_analysis()
-    # The new state takes the place of the old one, which is donated.
-    kept = needs.argument_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes
-    return StepMemory(rows, kept, needs.temp_size_in_bytes)
-
-
 def _memory(config: Config, device: Any) -> tuple[list[str], dict[str, int]]:
     """Returns the problem, if any, and the figures of the memory that training needs on `device`."""
     rows = config.train.batch_size
-    asked, other = step_memory(config, rows), step_memory(config, max(1, rows // 2) if rows > 1 else 2)
+    other_rows = rows // 2 if rows > 1 else 2
+    needed, by_others = step_memory(config, rows).total_bytes, step_memory(config, other_rows).total_bytes
     # What a row takes is the same for every row.
-    per_row = (asked.total - other.total) / (asked.rows - other.rows)
+    per_row = (needed - by_others) / (rows - other_rows)
     limit = _memory_limit(device)
-    largest = int((limit - (asked.total - per_row * rows)) // per_row)
-    figures = {"memory_needed_bytes": asked.total, "memory_limit_bytes": limit, "largest_micro_batch": largest}
-    if asked.total <= limit:
+    largest = int((limit - (needed - per_row * rows)) // per_row)
+    figures = {"memory_needed_bytes": needed, "memory_limit_bytes": limit, "largest_micro_batch": largest}
+    if needed <= limit:
         return [], figures
     per_update = rows * config.train.grad_accum_steps
     fitting = max((size for size in range(1, min(largest, per_update) + 1) if per_update % size == 0), default=0)
@@ -137,9 +109,8 @@ def _memory(config: Config, device: Any) -> tuple[list[str], dict[str, int]]:
         if fitting
         else "not even one row fits; give a smaller model or a shorter --config.data.sequence_length"
     )
-    needs = f"a step of train.batch_size={rows} needs {asked.total / 1e9:.1f} GB"
-    problem = f"{needs}, the device has {limit / 1e9:.1f} GB: {advice}"
-    return [problem], figures
+    step = f"a step of train.batch_size={rows} needs {needed / 1e9:.1f} GB"
+    return [f"{step}, the device has {limit / 1e9:.1f} GB: {advice}"], figures
 
 
 def _memory_limit(device: Any) -> int:

@@ -1,0 +1,172 @@
+"""What the real `train_step` takes on this device: memory by XLA's own analysis, and time by the clock."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinystories_jax.config import Config
+from tinystories_jax.data.cache import batch_at
+from tinystories_jax.errors import UserError
+from tinystories_jax.evaluation.validation import article_mask
+from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization
+from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.steps import TrainState, init_state, make_train_step
+
+# The first micro-batch that is tried: seconds on two CPU cores; an accelerator gets any usual one whole.
+_FIRST_STEP_FLOPS, _FIRST_STEP_FLOPS_ON_CPU = 3e13, 3e11
+_STEP_SECONDS = 2.0  # it grows while a step is expected to stay below this
+_CPU_MEMORY_BYTES = 4e9  # for a step on a CPU, which shares its memory with everything else
+# Steps are timed in rows of at least this, as training runs them, so that waiting for the device hardly counts.
+_SAMPLE_SECONDS = 0.2
+_TIMING_SECONDS, _MIN_SAMPLES, _MAX_SAMPLES = 10.0, 3, 10
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """XLA's memory analysis of a compiled `train_step`. Aliased outputs take the place of donated arguments."""
+
+    arguments_bytes: int
+    outputs_bytes: int
+    aliased_bytes: int
+    temporaries_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Real micro-steps on this device, of `rows` rows, which may be fewer than train.batch_size."""
+
+    rows: int
+    memory: StepMemory
+    compile_seconds: float
+    num_steps: int
+    micro_step_seconds: float  # median
+    tokens_per_second: float
+    mfu: float | None  # None for a device whose peak is unknown
+
+
+def measure_training(config: Config, tokens: np.ndarray, log: Callable[[str], None]) -> Measurement:
+    """Compiles and times `train_step` at the largest micro-batch up to train.batch_size that is cheap on this device.
+
+    `tokens` are what blocks are cut from. Raises `UserError` when not even one row fits into the memory.
+    """
+    trial = _Trial(config, tokens)
+    samples: list[float] = []
+    try:
+        step_seconds = _choose_rows(trial, config, log)
+        log(f"timing it: {step_seconds:.3g} s a step")
+        steps_per_sample = math.ceil(_SAMPLE_SECONDS / step_seconds)
+        while len(samples) < _MIN_SAMPLES or (len(samples) < _MAX_SAMPLES and sum(samples) < _TIMING_SECONDS):
+            samples.append(trial.run(steps_per_sample))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError("out of memory although it should fit: something else uses this device, too") from error
+    micro_step_seconds = statistics.median(samples) / steps_per_sample
+    speed = trial.rows * config.data.sequence_length / micro_step_seconds
+    return Measurement(
+        rows=trial.rows,
+        memory=trial.memory,
+        compile_seconds=trial.compile_seconds,
+        num_steps=len(samples) * steps_per_sample,
+        micro_step_seconds=micro_step_seconds,
+        tokens_per_second=speed,
+        mfu=model_flops_utilization(speed, flops_per_token(config.model, config.data.sequence_length)),
+    )
+
+
+def step_memory(config: Config, rows: int) -> StepMemory:
+    """Returns what `train_step` needs for micro-batches of `rows` rows; it is compiled and nothing is run."""
+    trial = _Trial(config, np.empty(0, np.int32))
+    trial.compile(rows)
+    return trial.memory
+
+
+def _choose_rows(trial: "_Trial", config: Config, log: Callable[[str], None]) -> float:
+    """Compiles `trial` for more rows while that is cheap, for fewer while they do not fit; returns seconds per step."""
+    ceiling, limit = config.train.batch_size, memory_limit_bytes()
+    flops_per_row = flops_per_token(config.model, config.data.sequence_length) * config.data.sequence_length
+    first_step_flops = _FIRST_STEP_FLOPS_ON_CPU if jax.default_backend() == "cpu" else _FIRST_STEP_FLOPS
+    rows = max(1, min(ceiling, int(first_step_flops / flops_per_row)))
+    while True:
+        log(f"compiling a micro-step of {rows:,} of {config.train.batch_size:,} rows")
+        trial.compile(rows)
+        needed, temporaries = trial.memory.total_bytes, trial.memory.temporaries_bytes
+        # Rather too few: what part of the temporaries does not grow with the rows is taken for one that does.
+        fitting = int(rows * min((limit - needed + temporaries) / temporaries, ceiling))
+        if needed > limit:
+            if rows == 1:
+                raise UserError(f"one row takes {needed / 1e9:,.2f} GB, of {limit / 1e9:,.2f} GB that may be used")
+            ceiling = rows - 1
+            rows = max(1, min(ceiling, fitting))
+            continue
+        step_seconds = trial.run(1)
+        cheap = min(ceiling, fitting, int(rows * _STEP_SECONDS / step_seconds))
+        # Another compilation must be worth its time.
+        if cheap < 2 * rows and not rows < cheap == ceiling:
+            return step_seconds
+        rows = cheap
+
+
+def memory_limit_bytes() -> float:
+    """Returns what a step may take of this device's memory; infinity where nobody knows."""
+    if jax.default_backend() == "cpu":
+        return min(_CPU_MEMORY_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2)
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+class _Trial:
+    """The training state, and the step for `rows` rows that was compiled last."""
+
+    def __init__(self, config: Config, tokens: np.ndarray):
+        assert config.schedule is not None
+        self._config, self._tokens = config, tokens
+        self._optimizer = make_optimizer(config)
+        schedule = learning_rate_schedule(config.optim, config.schedule)
+        self._train_step = make_train_step(config, self._optimizer, schedule)
+        self._article_mask_V = article_mask((), config.model.vocab_size)
+        self._state: TrainState | None = None
+        self._micro_step = 0
+
+    def compile(self, rows: int) -> None:
+        """Notes the step's memory and the seconds it took; nothing is allocated yet."""
+        began = time.perf_counter()
+        state = jax.eval_shape(self._init_state)
+        block = jax.ShapeDtypeStruct((rows, self._config.data.sequence_length + 1), np.int32)
+        self._compiled = self._train_step.lower(state, block, self._article_mask_V).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.rows, self.memory = rows, _read_memory(self._compiled.memory_analysis())
+
+    def run(self, num_steps: int) -> float:
+        """Returns the seconds that `num_steps` micro-steps took, their blocks read and sent as training does."""
+        state = jax.jit(self._init_state)() if self._state is None else self._state
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        for _ in range(num_steps):
+            block = batch_at(
+                self._tokens,
+                seed=self._config.seed,
+                micro_step=self._micro_step,
+                batch_size=self.rows,
+                sequence_length=self._config.data.sequence_length,
+            )
+            state, _ = self._compiled(state, jax.device_put(block), self._article_mask_V)
+            self._micro_step += 1
+        self._state = jax.block_until_ready(state)
+        return time.perf_counter() - began
+
+    def _init_state(self) -> TrainState:
+        return init_state(self._config, self._optimizer)
+
+
+def _read_memory(analysis: Any) -> StepMemory:
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
+    return StepMemory(arguments, outputs, aliased, temporaries, arguments + outputs - aliased + temporaries)
