@@ -186,6 +186,7 @@ def test_a_config_file_without_sections_is_refused_by_their_names(tmp_path):
         ("sample", ["--top_k", "--top_p", "--repetition_penalty", "--seed", "--[no]stream"]),
         ("train_tokenizer", ["--vocab_size", "--output_dir", "--max_samples", "--source", "--train_files"]),
         ("train_tokenizer", ["--hub_name", "--hub_subset", "--hub_revision"]),
+        ("calibrate", ["--train_files", "--valid_files", "--output"]),
     ],
 )
 def test_help_names_the_flags(script, names):
@@ -196,7 +197,8 @@ def test_help_names_the_flags(script, names):
 
 
 def test_every_script_is_in_the_test_of_its_help():
-    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == {"train", "prepare", "sample", "train_tokenizer"}
+    scripts = {"train", "prepare", "sample", "train_tokenizer", "calibrate"}
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == scripts
 
 
 # ---- stories and tokenizers
