@@ -198,6 +198,7 @@ def test_a_config_file_without_sections_is_refused_by_their_names(tmp_path):
         ("train_tokenizer", ["--hub_name", "--hub_subset", "--hub_revision"]),
         ("report", []),
         ("compare", ["--output"]),
+        ("calibrate", ["--train_files", "--valid_files", "--output"]),
     ],
 )
 def test_help_names_the_flags(script, names):
@@ -208,7 +209,7 @@ def test_help_names_the_flags(script, names):
 
 
 def test_every_script_is_in_the_test_of_its_help():
-    scripts = {"train", "prepare", "sample", "train_tokenizer", "doctor", "plan", "report", "compare"}
+    scripts = {"train", "prepare", "sample", "train_tokenizer", "doctor", "plan", "report", "compare", "calibrate"}
     assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == scripts
 
 
