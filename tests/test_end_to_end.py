@@ -21,6 +21,7 @@ from tests.data.hub_stand_in import REVISION, HubDataset, hub_environment, hub_s
 from tests.test_cli import ROOT, error_line, error_lines, interrupt, run_script, script_environment
 
 SEPARATOR = "\n<|endoftext|>\n"
+STORIES_PER_PROMPT = 4
 PROMPTS = ["Once upon a time", "Tom had a", "A girl saw the red"]
 TIMES = ("seconds", "train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
 CONTEXT, BLOCKS_PER_UPDATE, EVAL_EVERY = 32, 8, 4
@@ -194,12 +195,14 @@ def test_each_update_is_logged_exactly_once_with_what_falls_due(finished):
     assert [row["update"] for row in rows] == list(range(1, last + 1))
     every_row = {"update", "epoch", "tokens", "train/loss", "train/learning_rate", "train/grad_norm"}
     scores = {"valid/loss", "valid/bits_per_byte", "valid/article_loss", "valid/article_recall"}
+    scores |= {"samples/articles", "samples/grammar"}
     for row in rows:
         evaluated = row["update"] % EVAL_EVERY == 0 or row["update"] == last
         assert set(row) - set(TIMES) == every_row | (scores if evaluated else set())
         assert row["tokens"] == row["update"] * BLOCKS_PER_UPDATE * CONTEXT
         assert row["epoch"] == pytest.approx(row["update"] * BLOCKS_PER_UPDATE / blocks)
-        assert all(math.isfinite(row[key]) for key in set(row) - {"train/mfu"})
+        # A share of no needed article is null.
+        assert all(math.isfinite(row[key]) for key in set(row) - {"train/mfu", "samples/articles"})
     assert all(set(TIMES) <= set(row) for row in rows if row["update"] % EVAL_EVERY == 0)
 
 
@@ -223,7 +226,7 @@ def test_bits_per_byte_is_the_loss_in_other_units(finished, place):
 
 def test_a_run_says_on_what_it_was_made(finished):
     (start,) = starts_of(finished)
-    assert start["command"].startswith("python scripts/train.py --config=configs/cpu_real.py")
+    assert start["command"].startswith("python scripts/train.py --nodoctor --config=configs/cpu_real.py")
     assert (start["device"], start["num_devices"]) == ("cpu", 1)
     assert start["versions"]["jax"] == version("jax")
     assert start["started"] <= start["ended"]
@@ -250,8 +253,9 @@ def test_a_report_that_cannot_be_written_fails_no_training(finished, place, tmp_
 def test_stories_are_sampled_at_each_evaluation(finished):
     rows = read_jsonl(finished / "samples.jsonl")
     evaluated = [row["update"] for row in metrics_of(finished) if "valid/loss" in row]
-    assert [row["update"] for row in rows] == [update for update in evaluated for _ in PROMPTS]
-    assert [row["prompt"] for row in rows] == PROMPTS * len(evaluated)
+    prompts = [prompt for prompt in PROMPTS for _ in range(STORIES_PER_PROMPT)]
+    assert [row["update"] for row in rows] == [update for update in evaluated for _ in prompts]
+    assert [row["prompt"] for row in rows] == prompts * len(evaluated)
     assert all(row["text"].startswith(row["prompt"]) for row in rows)
 
 
@@ -275,6 +279,7 @@ def test_the_same_flags_write_the_stories_of_the_run_streamed_or_not(finished, p
     last = total_updates(finished)
     written = [row["text"] for row in read_jsonl(finished / "samples.jsonl") if row["update"] == last]
     flags = [f"--checkpoint={finished}", "--temperature=0.8", "--seed=0", "--max_new_tokens=16"]
+    flags += [f"--num_samples={STORIES_PER_PROMPT}"]
     flags += [f"--prompt={prompt}" for prompt in PROMPTS]
     for more in (["--step=latest"], [f"--step={last}", "--stream"]):
         result = place.sample(*flags, *more)

@@ -136,4 +136,4 @@ def _stories(sides: Sequence[Side]) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 def _last_stories(run: RunFiles) -> dict[str, str]:
     update = run.samples[-1]["update"] if run.samples else -1
-    return {row["prompt"]: row["text"] for row in run.samples_of(update)}
+    return {row["prompt"]: row["text"] for row in run.first_samples_of(update)}

@@ -82,9 +82,12 @@ def show_last_samples(run: RunFiles) -> str:
         return section("Samples", paragraph("No story yet: the first come with the first evaluation."))
     update = run.samples[-1]["update"]
     told = []
-    for row in run.samples_of(update):
+    for row in run.first_samples_of(update):
         cut = " unfinished" if row.get("finished") is False else ""
         told.append(f'<blockquote class="story{cut}">{story(row["text"], row["prompt"])}</blockquote>')
     temperature = run.config.sample.temperature
-    note = f"At update {update:,}, unedited, one story per prompt, temperature {temperature:g}."
+    note = (
+        f"At update {update:,}, unedited, temperature {temperature:g}: the first story of each prompt, of "
+        f"{len(run.samples_of(update)):,} in samples.jsonl."
+    )
     return section("Samples", *told, note=note)

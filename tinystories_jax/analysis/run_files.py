@@ -99,6 +99,13 @@ class RunFiles:
         """Returns the rows of the stories written at `update`, in the order of the prompts."""
         return [row for row in self.samples if row["update"] == update]
 
+    def first_samples_of(self, update: int) -> list[dict[str, Any]]:
+        """Returns the first of each prompt's rows at `update`, in the order of the prompts."""
+        first: dict[str, dict[str, Any]] = {}
+        for row in self.samples_of(update):
+            first.setdefault(row["prompt"], row)
+        return list(first.values())
+
 
 def number(row: dict[str, Any], key: str) -> float | None:
     """Returns a finite number, None where there is none."""

@@ -1,7 +1,7 @@
 """Faults of grammar in a sentence, by LingoTweaker: the rules of LanguageTool in a wheel, without a network.
 
-The package is optional (`pip install "tinystories-jax[eval]"`) and pinned exactly, rules included: another version sees
-other faults, and its scores would not compare.
+The package is optional (the extra `eval`) and pinned exactly, rules included: another version sees other faults, and
+its scores would not compare.
 """
 
 import functools

@@ -27,6 +27,8 @@ from tinystories_jax.data.cache import batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import StoryTokenizer, load_tokenizer, save_tokenizer
 from tinystories_jax.errors import UserError
+from tinystories_jax.evaluation.checker import checker_problem
+from tinystories_jax.evaluation.grammar import score_stories
 from tinystories_jax.evaluation.samples import check_prompts, write_stories
 from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.generate import Sampling
@@ -44,6 +46,7 @@ from tinystories_jax.training.metrics import (
 from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
 from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
 
+_STORIES_PER_PROMPT = 4  # at each evaluation: enough to see articles appear, little enough to hold nothing up
 _NON_FINITE_ADVICE = (
     "In a new --workdir try a lower --config.optim.learning_rate, a longer --config.optim.warmup_updates, "
     "or --config.model.dtype=float32"
@@ -135,7 +138,7 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
                 valid_loss = None
                 if evaluates:
                     valid_loss, improved = _evaluate(state.params, data, config, article_mask_V, log, rows, progress)
-                    progress.note(_sample(state.params, data.tokenizer, config, update, workdir))
+                    _sample(state.params, data.tokenizer, config, workdir, rows[-1], progress)
                     saves = saves or improved
                 log.write(rows)
                 if saves:
@@ -302,19 +305,39 @@ def _evaluate(
     return scores.loss, improved
 
 
-def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, update: int, workdir: Path) -> str:
-    """Adds a story per configured prompt to samples.jsonl; returns the first one for the eye."""
+def _sample(
+    params: Params,
+    tokenizer: StoryTokenizer,
+    config: Config,
+    workdir: Path,
+    row: dict[str, Any],
+    progress: ProgressLine,
+) -> None:
+    """Writes a few stories per configured prompt into samples.jsonl, adds their scores to `row`, and shows one."""
     stories = write_stories(
         params,
         tokenizer,
         config,
-        config.sample.prompts,
+        [prompt for prompt in config.sample.prompts for _ in range(_STORIES_PER_PROMPT)],
         Sampling(temperature=config.sample.temperature),
         seed=config.seed,
         max_new_tokens=config.sample.max_new_tokens,
     )
-    append_jsonl(workdir / "samples.jsonl", [{"update": update, **dataclasses.asdict(story)} for story in stories])
-    return textwrap.indent(stories[0].text, "  | ")
+    append_jsonl(
+        workdir / "samples.jsonl", [{"update": row["update"], **dataclasses.asdict(story)} for story in stories]
+    )
+    checks_grammar = checker_problem() is None
+    scores = score_stories(
+        [story.text for story in stories],
+        finished=[story.finished for story in stories],
+        check_grammar=checks_grammar,
+    )
+    row["samples/articles"] = scores.articles
+    said = f"{len(stories)} stories: {scores.articles:.0%} of the articles needed"
+    if checks_grammar:
+        row["samples/grammar"] = scores.grammar
+        said += f", grammar {scores.grammar:.1f} of 10"
+    progress.note(f"update {row['update']}: {said}, for instance\n{textwrap.indent(stories[0].text, '  | ')}")
 
 
 def _out_of_patience(config: Config, log: MetricsLog) -> bool:
