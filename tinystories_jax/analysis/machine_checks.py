@@ -47,7 +47,7 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
         "machine",
         not problems,
         f"{device.device_kind}, {speed}, {free / 1e9:,.0f} GB of disk free",
-        f"{needed / 1e9:.1f} GB",
+        f"{needed / 1e9:.1f} GB of disk for checkpoints",
         on_fail="; ".join(problems),
         remark=remark,
         figures=figures,

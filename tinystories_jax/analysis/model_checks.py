@@ -387,10 +387,7 @@ def check_decode_parity(config: Config) -> Check:
     exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     small = shrink(exact, vocab_size=_VOCAB_SIZE, num_updates=1)
     model, context = small.model, small.data.sequence_length
-    # Matrices larger than at the start, so that what stands in the cache decides on the logits.
-    params = jax.tree.map(
-        lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, transformer.init_params(model, jax.random.key(4))
-    )
+    params = _sharpen(transformer.init_params(model, jax.random.key(4)))
     new_tokens = min(_NEW_TOKENS, context - 1)
     lengths_B = np.array(sorted({1, (context - new_tokens) // 3 + 1, context - new_tokens}), np.int32)
     tokens_BT = np.random.RandomState(4).randint(1, _VOCAB_SIZE, (len(lengths_B), context)).astype(np.int32)
@@ -414,6 +411,12 @@ def check_decode_parity(config: Config) -> Check:
             "prompt_lengths": lengths_B.tolist(),
         },
     )
+
+
+def _sharpen(params: transformer.Params) -> transformer.Params:
+    """Returns fresh parameters with matrices as large as training makes them, so that what a layer does shows in the
+    logits."""
+    return jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params)
 
 
 def _decode_differences(
@@ -473,7 +476,7 @@ def check_precision(config: Config, block: np.ndarray | None) -> Check:
     """Checks that parameters, optimizer state and logits are float32, before and after a step, and measures how far
     the loss in the config's dtype is from that in float32, on the same parameters and tokens."""
     wrong = _not_float32(config)
-    params, rows = _fresh_params(config), _rows_of(config, block)
+    params, rows = _sharpen(_fresh_params(config)), _rows_of(config, block)
     exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     rounds = config.model.dtype != "float32"
     difference = abs(_loss(params, rows, config) - _loss(params, rows, exact)) if rounds else 0.0
