@@ -5,8 +5,6 @@
 Exit code 0 when no check fails, 2 otherwise. train.py makes the fast ones of these checks before its first update.
 """
 
-import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -28,7 +26,7 @@ def main() -> int:
     config = resolve(_CONFIG.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     # Imported once the config is known to be sound: JAX takes seconds to start.
-    from tinystories_jax.analysis.check import Outcome
+    from tinystories_jax.analysis.check import Outcome, to_json
     from tinystories_jax.analysis.doctor import examine
 
     out = sys.stderr if _JSON.value else sys.stdout
@@ -39,10 +37,9 @@ def main() -> int:
         verbose=_VERBOSE.value,
         show=lambda line: print(line, file=out, flush=True),
     )
-    failed = any(check.outcome == Outcome.FAIL for check in checks)
     if _JSON.value:
-        print(json.dumps({"failed": failed, "checks": [dataclasses.asdict(check) for check in checks]}, indent=1))
-    return 2 if failed else 0
+        print(to_json(checks))
+    return 2 if any(check.outcome == Outcome.FAIL for check in checks) else 0
 
 
 if __name__ == "__main__":

@@ -39,6 +39,26 @@ def no_causal_mask(patch: Patch) -> None:
     patch(transformer, "_causal_attention", attend_to_all)
 
 
+def one_block_leaks(patch: Patch) -> None:
+    """The third of four blocks of queries sees itself whole."""
+    causal_attention = transformer._causal_attention
+
+    def leaking(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK: jax.Array) -> jax.Array:
+        attended = causal_attention(queries_BTHK, keys_BTGK, values_BTGK)
+        start, end = queries_BTHK.shape[1] // 2, queries_BTHK.shape[1] * 3 // 4
+        whole = jax.nn.dot_product_attention(
+            queries_BTHK[:, start:end], keys_BTGK[:, :end], values_BTGK[:, :end], is_causal=False
+        )
+        return attended.at[:, start:end].set(whole)
+
+    patch(transformer, "_causal_attention", leaking)
+
+
+def logits_not_finite(patch: Patch) -> None:
+    logits = transformer.Transformer.logits
+    patch(transformer.Transformer, "logits", lambda self, hidden: logits(self, hidden) * jnp.nan)
+
+
 def gradients_summed(patch: Patch) -> None:
     patch(optim.optax, "MultiSteps", functools.partial(optax.MultiSteps, use_grad_mean=False))
 

@@ -14,8 +14,8 @@ import pytest
 from tests import planted
 from tests.test_cli import error_lines, run_script
 from tests.tiny import CONFIGS, read_tiny_values
-from tinystories_jax.analysis import doctor, machine_checks
-from tinystories_jax.analysis.check import Check, Outcome, summarize
+from tinystories_jax.analysis import doctor, learning_checks, logits_checks, machine_checks
+from tinystories_jax.analysis.check import Check, Outcome, summarize, to_json
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import PreparedData, find_data, prepare_data
 
@@ -153,6 +153,62 @@ def test_a_planted_fault_fails_its_own_check(config, tmp_path, plant, fault, nam
     assert outcomes(checks, Outcome.SKIP) == may_be_skipped.get(name, [])
 
 
+def change(config: Config, section: str, **values: Any) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_the_shortest_runs_have_a_sound_schedule(config, total):
+    short = change(change(config, "train", max_updates=total), "optim", max_grad_norm=1e-6, warmup_updates=1)
+    assert learning_checks.check_schedule(doctor._complete(short, None)).outcome == Outcome.PASS
+
+
+def test_a_schedule_that_the_config_did_not_ask_for_is_found(config):
+    complete = doctor._complete(config, None)
+    assert complete.schedule is not None
+    for values in ({"total_updates": 40}, {"warmup_updates": 0}):
+        schedule = dataclasses.replace(complete.schedule, **values)
+        check = learning_checks.check_schedule(dataclasses.replace(complete, schedule=schedule))
+        assert check.outcome == Outcome.FAIL
+        assert "config and data ask for 20 with 4" in check.note
+    idle = change(complete, "optim", learning_rate=0.0, min_learning_rate=0.0)
+    assert "nothing would be learnt" in learning_checks.check_schedule(idle).note
+
+
+def test_narrow_heads_and_untied_models_are_not_ill(config):
+    narrow = doctor._complete(change(config, "model", d_model=32, num_heads=16, num_kv_heads=16), None)
+    assert learning_checks.check_target_shift(narrow, None, None).outcome == Outcome.PASS
+    wide = change(config, "model", d_model=1024, num_heads=16, num_kv_heads=16, num_layers=1, tie_embeddings=False)
+    assert learning_checks.check_initial_loss(doctor._complete(wide, None), None).outcome == Outcome.PASS
+
+
+def test_a_leak_in_one_block_of_queries_is_found(config, plant):
+    plant(planted.one_block_leaks)
+    long = doctor._complete(change(config, "data", sequence_length=128), None)
+    assert logits_checks.check_causality(long).outcome == Outcome.FAIL
+
+
+def test_what_is_not_a_number_never_passes(config, plant):
+    plant(planted.logits_not_finite)
+    complete = doctor._complete(config, None)
+    for check in (
+        logits_checks.check_causality(complete),
+        logits_checks.check_decode_parity(complete),
+        learning_checks.check_initial_loss(complete, None),
+    ):
+        assert check.outcome == Outcome.FAIL
+        assert "not finite" in check.note
+        assert "NaN" not in to_json([check])
+
+
+def test_a_workdir_below_a_file_is_found(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    complete = doctor._complete(config, None)
+    check = machine_checks.check_machine(complete, tmp_path / "file" / "run", measure_memory=False)
+    assert check.outcome == Outcome.FAIL
+    assert "--workdir" in check.note
+
+
 def test_parameters_that_are_never_updated_fail_what_trains(config, tmp_path, plant):
     plant(planted.parameters_not_updated)
     assert outcomes(check_all(config, tmp_path), Outcome.FAIL) == ["target shift", "overfit", "accumulation"]
@@ -277,6 +333,11 @@ def test_train_makes_the_fast_checks_once_and_doctor_all_of_them(config, tmp_pat
     check = machine_checks.check_checkpoint(data_of(config), run)
     assert check.outcome == Outcome.FAIL
     assert "metrics.jsonl says 1.0" in check.note
+    log.write_text(log.read_text().replace("1.0}", "NaN}").replace('"valid/loss": 1.0', '"valid/loss": NaN'))
+    assert "which is no loss" in machine_checks.check_checkpoint(data_of(config), run).note
+    log.unlink()
+    assert "is missing" in machine_checks.check_checkpoint(data_of(config), run).note
+    assert machine_checks.check_checkpoint(None, run, "no cache").outcome == Outcome.FAIL
 
 
 def data_of(config: Config) -> PreparedData:

@@ -1,8 +1,10 @@
 """What a check of the doctor returns, and how a row of checks is shown."""
 
+import json
+import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -46,9 +48,22 @@ def judge(
     figures: dict[str, Any],
     details: Sequence[str] = (),
 ) -> Check:
-    """Returns PASS with `remark`, or FAIL with `on_fail`, what it means and what to do."""
+    """Returns PASS with `remark`, or FAIL with `on_fail`, what it means and what to do.
+
+    A figure that is not finite fails whatever was compared: nothing is below a bound that is not a number.
+    """
+    if broken := [key for key, value in _flatten(figures) if isinstance(value, float) and not math.isfinite(value)]:
+        good, on_fail = False, f"not finite: {', '.join(broken)}. {on_fail}"
     outcome, note = (Outcome.PASS, remark) if good else (Outcome.FAIL, on_fail)
     return Check(name, outcome, measured, bound, note, figures, tuple(details))
+
+
+def _flatten(figures: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key} ")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def skip(name: str, reason: str) -> Check:
@@ -79,3 +94,18 @@ def summarize(checks: Sequence[Check]) -> str:
         for outcome, word in ((Outcome.PASS, "passed"), (Outcome.FAIL, "failed"), (Outcome.SKIP, "skipped"))
     )
     return f"{counts}, in {sum(check.seconds for check in checks):.1f} s"
+
+
+def to_json(checks: Sequence[Check]) -> str:
+    """Returns all checks as one JSON object; a figure that is not finite becomes null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    failed = any(check.outcome == Outcome.FAIL for check in checks)
+    values = finite({"failed": failed, "checks": [asdict(check) for check in checks]})
+    return json.dumps(values, indent=1, allow_nan=False)

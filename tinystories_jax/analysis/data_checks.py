@@ -1,5 +1,6 @@
 """Checks of tokenizer, token caches and the order of blocks, on the opened files that training reads."""
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,8 +9,14 @@ import xxhash
 from tinystories_jax.analysis.check import Check, judge
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import TokenCache, batch_at, load_hashes, num_blocks
-from tinystories_jax.data.prepare import PreparedData, count_shared_stories, expected_fingerprints
-from tinystories_jax.data.stories import StoryReport
+from tinystories_jax.data.prepare import (
+    PreparedData,
+    count_shared_stories,
+    expected_fingerprints,
+    train_source,
+    valid_source,
+)
+from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID
 
 _CHUNK = 2**24  # tokens read at a time: memory does not grow with the cache
@@ -26,9 +33,10 @@ def check_tokenizer_and_cache(config: Config, data: PreparedData) -> Check:
     problems: list[str] = []
     details: list[str] = []
     compared = 0
-    for split, cache, expected in zip(
-        ("train", "validation"), (data.train, data.valid), expected_fingerprints(config, data.tokenizer), strict=True
-    ):
+    sources = (train_source(config.data), valid_source(config.data))
+    fingerprints = expected_fingerprints(config, data.tokenizer)
+    for source, cache, expected in zip(sources, (data.train, data.valid), fingerprints, strict=True):
+        split = source.split
         problems += _fingerprint_problems(split, cache, data, expected)
         ends, highest = _scan(cache)
         if highest >= data.tokenizer.vocab_size:
@@ -38,6 +46,7 @@ def check_tokenizer_and_cache(config: Config, data: PreparedData) -> Check:
             problems.append(f"{split}: {len(ends):,} end tokens for {stories:,} stories; without them stories run on")
             continue
         compared += _compare_stories(split, cache, data, ends, problems, details)
+        problems += _first_story_problems(split, cache, data, int(ends[0]), source)
     return judge(
         "tokenizer and cache",
         not problems,
@@ -86,6 +95,8 @@ def _compare_stories(
     spread = np.linspace(0, len(ends) - 1, min(_STORIES, len(ends))).astype(np.int64)
     chosen = np.unique(np.append(spread, longest))
     hashes = load_hashes(cache)
+    if not (hashes[1:] > hashes[:-1]).all():
+        problems.append(f"{split}: the hashes of its stories are not ascending, so that file is damaged")
     pieces = [cache.tokens[starts[story] : ends[story]] for story in chosen]
     texts = [data.tokenizer.decode(tokens) for tokens in pieces]
     wrong = [
@@ -95,9 +106,23 @@ def _compare_stories(
     ]
     if wrong:
         problems.append(f"{split}: {len(wrong):,} of {len(chosen):,} stories are not the source's, as {wrong[0]}")
+    if len(set(texts)) < len(texts):
+        problems.append(f"{split}: {len(texts) - len(set(texts)):,} stories stand in it twice")
     details += [f"{split}, first story: {texts[0][:80]!r}", f"{split}, last story: {texts[-1][:80]!r}"]
     details.append(f"{split}, longest story: {ends[longest] - starts[longest]:,} tokens")
     return len(chosen)
+
+
+def _first_story_problems(
+    split: str, cache: TokenCache, data: PreparedData, end: int, source: StorySource
+) -> list[str]:
+    """Compares the first story with the source's own, read again; not from the Hub, which a check does not ask."""
+    if source.kind == "hub":
+        return []
+    with contextlib.closing(iter_stories(source, StoryReport(), SeenStories())) as stories:
+        wanted = next(stories)
+    found = data.tokenizer.decode(cache.tokens[:end])
+    return [] if found == wanted else [f"{split}: the first story reads {found[:60]!r}, the source's {wanted[:60]!r}"]
 
 
 def _contains(hashes: np.ndarray, text: str) -> bool:
@@ -151,7 +176,7 @@ def _count_visits(config: Config, data: PreparedData) -> tuple[int, int]:
     """Returns how many blocks there are, and how many the first epoch does not visit exactly once.
 
     The order depends on the number of blocks alone, so `batch_at` deals out blocks of one token that are their own
-    numbers; that a real block holds the tokens it should is measured on the first micro-batch.
+    numbers; that real blocks hold the tokens they should is measured on three micro-batches.
     """
     length, batch_size = config.data.sequence_length, config.train.batch_size
     blocks = num_blocks(len(data.train.tokens), length)
@@ -161,9 +186,10 @@ def _count_visits(config: Config, data: PreparedData) -> tuple[int, int]:
     for micro_step in range(-(-blocks // batch_size)):
         dealt = batch_at(numbers, micro_step=micro_step, sequence_length=1, **arguments)[:, 0]
         np.add.at(visits, dealt[: blocks - micro_step * batch_size], 1)
-    first = batch_at(numbers, micro_step=0, sequence_length=1, **arguments)[:, 0]
-    real = batch_at(data.train.tokens, micro_step=0, sequence_length=length, **arguments)
-    for number, row in zip(first, real, strict=True):
-        if not np.array_equal(row, data.train.tokens[number * length : (number + 1) * length + 1]):
-            visits[number] = -1
+    for micro_step in {0, blocks // batch_size // 2, blocks // batch_size}:
+        dealt = batch_at(numbers, micro_step=micro_step, sequence_length=1, **arguments)[:, 0]
+        real = batch_at(data.train.tokens, micro_step=micro_step, sequence_length=length, **arguments)
+        for number, row in zip(dealt, real, strict=True):
+            if not np.array_equal(row, data.train.tokens[number * length : (number + 1) * length + 1]):
+                visits[number] = -1
     return blocks, int((visits != 1).sum())

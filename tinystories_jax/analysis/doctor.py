@@ -11,22 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from tinystories_jax.analysis.check import HEADER, Check, Outcome, format_check, skip, summarize
 from tinystories_jax.analysis.data_checks import check_data, check_tokenizer_and_cache
-from tinystories_jax.analysis.machine_checks import check_checkpoint, check_machine
-from tinystories_jax.analysis.model_checks import (
+from tinystories_jax.analysis.learning_checks import (
     check_accumulation,
-    check_causality,
-    check_decode_parity,
     check_initial_loss,
     check_overfit,
-    check_precision,
     check_schedule,
     check_target_shift,
-    num_rows_measured,
 )
+from tinystories_jax.analysis.logits_checks import check_causality, check_decode_parity, check_precision
+from tinystories_jax.analysis.machine_checks import check_checkpoint, check_machine
+from tinystories_jax.analysis.small_copy import num_rows_measured
 from tinystories_jax.config import Config, with_data
 from tinystories_jax.data.cache import batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data
@@ -61,8 +60,8 @@ def require_health(config: Config, data: PreparedData, workdir: Path) -> None:
     failed = [check.name for check in checks if check.outcome == Outcome.FAIL]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}), so this training would go wrong "
-            "without an error; mend what the table above says, or train all the same with --nodoctor"
+            f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}), and they do not mend "
+            "themselves while training; mend what the table above says, or train all the same with --nodoctor"
         )
 
 
@@ -97,26 +96,30 @@ def run_checks(
     `config` is as resolved, without what the data tells; `found` is what `try_find_data` found. The fast checks leave
     out the memory of the compiled step, which takes two compilations at full size, and the checkpoint.
     """
-    data = found if isinstance(found, PreparedData) else None
-    config = _complete(config, data)
+    try:
+        config = _complete(config, found if isinstance(found, PreparedData) else None)
+    except UserError as error:  # fewer tokens than a block
+        found, config = error, _complete(config, None)
     failed: set[str] = set()
     yield from _make(_plan_data_checks(config, found), failed)
     # Tokens that are not to be trusted would make other checks fail for no reason of their own.
-    planned = _plan_model_checks(config, None if _CACHE in failed else data)
+    data = found if isinstance(found, PreparedData) and _CACHE not in failed else None
+    why_no_data = f"{_CACHE} failed" if failed else _NO_DATA
+    planned = _plan_model_checks(config, data, why_no_data)
     planned.append(_Planned("machine", lambda: check_machine(config, workdir, measure_memory=not fast)))
     if not fast:
-        planned.append(_plan_checkpoint(found, checkpoint))
+        planned.append(_plan_checkpoint(data, checkpoint, why_no_data))
     yield from _make(planned, failed)
 
 
-def _plan_model_checks(config: Config, data: PreparedData | None) -> list[_Planned]:
+def _plan_model_checks(config: Config, data: PreparedData | None, why_no_data: str) -> list[_Planned]:
     block = None if data is None else _first_block(config, data)
     tokenizer = None if data is None else data.tokenizer
-    unknown = "" if data or config.train.max_updates else f"its length follows from the data, and there is {_NO_DATA}"
+    unknown = "" if data or config.train.max_updates else f"its length follows from the data: {why_no_data}"
     return [
         _Planned("target shift", lambda: check_target_shift(config, block, tokenizer)),
         _Planned("causality", lambda: check_causality(config)),
-        _Planned("loss at initialisation", lambda: check_initial_loss(config, block)),
+        _Planned("loss at initialisation", lambda: check_initial_loss(config, block, why_no_data)),
         _Planned("overfit", lambda: check_overfit(config, block)),
         _Planned("accumulation", lambda: check_accumulation(config)),
         _Planned("schedule", lambda: check_schedule(config), missing=unknown),
@@ -143,14 +146,10 @@ def _plan_data_checks(config: Config, found: PreparedData | UserError | None) ->
     ]
 
 
-def _plan_checkpoint(found: PreparedData | UserError | None, checkpoint: Path | None) -> _Planned:
-    def run() -> Check:
-        assert isinstance(found, PreparedData)
-        assert checkpoint is not None
-        return check_checkpoint(found, checkpoint)
-
-    missing = "none given; --checkpoint=RUN checks one" if checkpoint is None else _NO_DATA if found is None else ""
-    return _Planned("checkpoint", run, missing=missing, needs=_CACHE)
+def _plan_checkpoint(data: PreparedData | None, checkpoint: Path | None, why_no_data: str) -> _Planned:
+    if checkpoint is None:
+        return _Planned("checkpoint", lambda: skip("checkpoint", ""), missing="none given; --checkpoint=RUN checks one")
+    return _Planned("checkpoint", lambda: check_checkpoint(data, checkpoint, why_no_data))
 
 
 def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
@@ -162,8 +161,14 @@ def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
         began = time.perf_counter()
         try:
             check = measure()
-        except UserError as error:
-            check = Check(name, Outcome.FAIL, "cannot be used", note="; ".join(error.problems))
+        except (UserError, OSError) as error:
+            problems = error.problems if isinstance(error, UserError) else (str(error),)
+            check = Check(name, Outcome.FAIL, "cannot be used", note="; ".join(problems))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            advice = "the model, or one row of this context, does not fit: a shorter --config.data.sequence_length"
+            check = Check(name, Outcome.FAIL, "out of memory", note=advice)
         if check.outcome == Outcome.FAIL:
             failed.add(name)
         yield dataclasses.replace(check, seconds=time.perf_counter() - began)

@@ -1,5 +1,6 @@
 """Checks of the machine, and of a checkpoint on it: device, driver, disk, memory, and whether a run is what it says."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ from typing import Any
 
 import jax
 
-from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.analysis.check import Check, judge, skip
 from tinystories_jax.analysis.measure import step_memory
 from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
@@ -31,6 +32,7 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
     problems, figures = _device_problems(device), {"device": device.device_kind, "peak_bf16_flops": peak}
     needed, free = _disk_needed(config), _free_disk(workdir)
     figures |= {"disk_needed_bytes": needed, "disk_free_bytes": free}
+    problems += _place_problems(workdir)
     if free < needed:
         problems.append(
             f"the checkpoints take {needed / 1e9:.1f} GB but {free / 1e9:.1f} GB are free at {workdir}; give another "
@@ -43,6 +45,8 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
         figures |= of_memory
         remark = _describe_memory(of_memory)
     speed = f"{peak / 1e12:.0f} TFLOP/s in bf16" if peak else "bf16 peak unknown"
+    if device.platform == "gpu":
+        speed += f", driver {_nvidia_driver()}"
     return judge(
         "machine",
         not problems,
@@ -83,11 +87,23 @@ def _disk_needed(config: Config) -> int:
     return num_params(config.model) * 4 * 4 * max_checkpoints(config) + _MARGIN_BYTES
 
 
-def _free_disk(workdir: Path) -> int:
+def _nearest_folder(workdir: Path) -> Path:
+    """Returns what there is of the way to `workdir`; a path below a file ends at the file."""
     place = workdir.absolute()
-    while not place.exists():
+    while not os.path.lexists(place):
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
+
+
+def _place_problems(workdir: Path) -> list[str]:
+    place = _nearest_folder(workdir)
+    if place.is_dir() and os.access(place, os.W_OK):
+        return []
+    return [f"{place} is no folder that can be written, so {workdir} cannot be made; give another --workdir"]
+
+
+def _free_disk(workdir: Path) -> int:
+    return shutil.disk_usage(_nearest_folder(workdir)).free
 
 
 def _memory(config: Config, device: Any) -> tuple[list[str], dict[str, int]]:
@@ -98,7 +114,7 @@ def _memory(config: Config, device: Any) -> tuple[list[str], dict[str, int]]:
     # What a row takes is the same for every row.
     per_row = (needed - by_others) / (rows - other_rows)
     limit = _memory_limit(device)
-    largest = int((limit - (needed - per_row * rows)) // per_row)
+    largest = int((limit - (needed - per_row * rows)) / max(per_row, 1))
     figures = {"memory_needed_bytes": needed, "memory_limit_bytes": limit, "largest_micro_batch": largest}
     if needed <= limit:
         return [], figures
@@ -128,40 +144,58 @@ def _describe_memory(figures: dict[str, int]) -> str:
     )
 
 
-def check_checkpoint(data: PreparedData, run: Path) -> Check:
+def check_checkpoint(data: PreparedData | None, run: Path, why_no_data: str = "") -> Check:
     """Restores the best checkpoint of `run`, recomputes its validation loss, and compares its tokenizers.
 
-    Raises `UserError` when it cannot be restored.
+    Without `data` the loss cannot be measured, and the check is skipped when all else is well. Raises `UserError` when
+    the checkpoint cannot be restored.
     """
     params, meta = restore_params(run, "best")
-    logged = _logged_loss(run / "metrics.jsonl", meta.update)
-    of_run, of_data = load_tokenizer(run / "tokenizer").sha256, data.tokenizer.sha256
-    problems = [
-        f"the tokenizer in the checkpoint has SHA-256 {meta.tokenizer.sha256[:16]}, that of {where} {found[:16]}"
-        for where, found in ((f"{run}/tokenizer", of_run), ("the token caches", of_data))
+    logged, problems = _logged_loss(run / "metrics.jsonl", meta.update)
+    tokenizers = {f"{run}/tokenizer": load_tokenizer(run / "tokenizer").sha256}
+    if data is not None:
+        tokenizers["the token caches"] = data.tokenizer.sha256
+        if data.valid.manifest.fingerprint != meta.valid_fingerprint:
+            problems.append("the config's validation stories are not those of the run; give the run's own config")
+    problems += [
+        f"the tokenizer in the checkpoint has SHA-256 {meta.tokenizer.sha256[:16]}, that of {where} {found[:16]}; "
+        "take the run's own"
+        for where, found in tokenizers.items()
         if found != meta.tokenizer.sha256
     ]
-    if data.valid.manifest.fingerprint != meta.valid_fingerprint:
-        problems.append("the config's validation stories are not those of the run; give the run's own config")
-    loss = None
-    if not problems:
+    loss, remark = None, ""
+    if data is not None and not problems:
         mask = article_mask(meta.tokenizer.article_ids, meta.tokenizer.vocab_size)
         loss = validate(params, data.valid, meta.config, mask).loss
-        if logged is None or abs(loss - logged) > _LOSS_BOUND * logged:
+        if logged is None:
+            remark = "it was saved between two evaluations, so there is no logged loss to compare with"
+        elif not abs(loss - logged) <= _LOSS_BOUND * logged:
             problems.append(
-                f"its validation loss is {loss:.5f}, but metrics.jsonl says {logged} for update {meta.update}: "
+                f"its validation loss is {loss:.5f}, but metrics.jsonl says {logged:.5f} for update {meta.update}: "
                 "parameters, data or code are not those that were measured"
             )
+    if data is None and not problems:
+        return skip("checkpoint", f"restored, tokenizers agree; its loss cannot be measured: {why_no_data}")
     return judge(
         "checkpoint",
         not problems,
         f"update {meta.update:,}" + ("" if loss is None else f", validation loss {loss:.5f}"),
-        f"as logged, {logged}" if logged is None else f"as logged, {logged:.5f} (relative {_LOSS_BOUND:g})",
+        "" if logged is None else f"as logged, {logged:.5f} (relative {_LOSS_BOUND:g})",
         on_fail="; ".join(problems),
+        remark=remark,
         figures={"update": meta.update, "loss": loss, "logged_loss": logged, "tokenizer_sha256": meta.tokenizer.sha256},
     )
 
 
-def _logged_loss(path: Path, update: int) -> float | None:
-    rows = read_jsonl(path)[0] if path.exists() else []
-    return next((row.get("valid/loss") for row in rows if row["update"] == update), None)
+def _logged_loss(path: Path, update: int) -> tuple[float | None, list[str]]:
+    """Returns the loss logged for `update`, None where none was measured, and what is wrong with the log."""
+    if not path.is_file():
+        return None, [f"{path} is missing, so nothing says what was measured"]
+    rows, num_damaged = read_jsonl(path)
+    logged = [row for row in rows if row["update"] == update]
+    if num_damaged or not logged:
+        return None, [f"{path} has {num_damaged:,} damaged lines and {len(logged)} for update {update}"]
+    loss = logged[-1].get("valid/loss")
+    if loss is not None and not (isinstance(loss, int | float) and math.isfinite(loss)):
+        return None, [f"{path} has valid/loss={loss!r} for update {update}, which is no loss"]
+    return loss, []

@@ -101,7 +101,7 @@ class SeenStories:
             yield np.array(chunk, dtype=np.int64)[:, 0].view(np.uint64) ^ np.uint64(2**63)
 
 
-def iter_stories(source: StorySource, report: StoryReport, seen: SeenStories) -> Iterator[str]:
+def iter_stories(source: StorySource, report: StoryReport, seen: SeenStories) -> Generator[str]:
     """Yields the stories of `source`: mended, stripped, none empty, none twice, at most max_stories.
 
     `report` and `seen` are to be new, and are filled as the stories go by. Raises `UserError` for whatever the user can

@@ -183,7 +183,14 @@ def restore_params(run: Path, step: str = "best") -> tuple[Params, Meta]:
     if not folder.is_dir():
         raise UserError(f"{run}: no run with checkpoints stands there; --checkpoint takes a workdir that train.py made")
     options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_valid_loss, best_mode="min")
-    with ocp.CheckpointManager(folder, options=options, item_names=_ITEMS) as manager:
+    try:
+        opened = ocp.CheckpointManager(folder, options=options, item_names=_ITEMS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{folder}: its checkpoints cannot be read ({type(error).__name__}: {reason}); move the damaged one away"
+        ) from error
+    with opened as manager:
         update = _choose(manager, run, step)
         where = folder / str(update)
         meta = Meta.from_json(_restore(manager, where, update, meta=ocp.args.JsonRestore())["meta"], str(where))

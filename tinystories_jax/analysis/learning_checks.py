@@ -1,0 +1,281 @@
+"""Checks of loss, gradients, optimizer and schedule by measurement, on the functions that training itself calls."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.analysis.small_copy import (
+    describe,
+    fresh_params,
+    jit_forward,
+    loss_of,
+    rows_of,
+    shrink,
+    start,
+)
+from tinystories_jax.config import Config, ModelConfig, OptimConfig, Schedule
+from tinystories_jax.data.tokenizer import StoryTokenizer
+from tinystories_jax.training import optim, steps
+
+_VOCAB_SIZE = 160
+_ROWS = 8
+_CYCLE = 61  # tokens; prime, so that no offset is confounded with another
+_SHIFT_UPDATES = 80
+_OVERFIT_UPDATES = 200
+_SHORTEST_OF_TWO = 16  # tokens; two rows that begin alike cannot both be known by heart where they part
+_MOST_MICRO_BATCHES = 64
+_NO_CLIP = 1e9
+_SHIFT_SHARE_BOUND = 0.9
+_INITIAL_LOSS_BOUND = 0.02  # relative
+_OVERFIT_BOUND = 0.1  # nats per token
+_ACCUMULATION_BOUND = 1e-3  # relative
+_SCHEDULE_BOUND = 1e-3  # of the peak
+
+
+def check_target_shift(config: Config, block: np.ndarray | None, tokenizer: StoryTokenizer | None) -> Check:
+    """Trains on a cycle of tokens, on which every offset can be learnt, and measures which one is: it must be +1.
+
+    `block` is a real micro-batch, shown as text at the offset found.
+    """
+    small = shrink(config, vocab_size=_VOCAB_SIZE, num_updates=_SHIFT_UPDATES, rows=_ROWS)
+    random = np.random.RandomState(0)
+    cycle = 1 + random.permutation(_VOCAB_SIZE - 1)[:_CYCLE]
+    length = small.data.sequence_length
+    starts = random.randint(0, _CYCLE, (_SHIFT_UPDATES, _ROWS, 1))
+    blocks = cycle[(starts + np.arange(length + 1)) % _CYCLE].astype(np.int32)
+    state, _ = _run(small, blocks, jnp.zeros(_VOCAB_SIZE, bool))
+    inputs_BT = blocks[0, :, :-1]
+    logits_BTV = jit_forward(small)(state.params, inputs_BT)
+    place_V = np.full(_VOCAB_SIZE, -1)
+    place_V[cycle] = np.arange(_CYCLE)
+    predicted_BT = place_V[np.asarray(logits_BTV).argmax(-1)]
+    offsets_BT = (predicted_BT - place_V[inputs_BT]) % _CYCLE
+    counts = np.bincount(offsets_BT[predicted_BT >= 0], minlength=_CYCLE)
+    offset, share = int(counts.argmax()), float(counts.max() / inputs_BT.size)
+    offset -= _CYCLE * (offset > _CYCLE // 2)
+    meaning = (
+        f"no offset was learnt (at best {offset:+} at {share:.0%} of the positions): the loss does not teach what "
+        "comes next, or this optimizer does not get there"
+        if share < _SHIFT_SHARE_BOUND
+        else f"position t is trained to predict token t {'-' if offset < 0 else '+'} {abs(offset)} instead of t + 1: "
+        "the labels are shifted in more than one place, or in none. Such a model drops articles and other small words, "
+        "without any error. Shift in train_step alone."
+    )
+    return judge(
+        "target shift",
+        offset == 1 and share >= _SHIFT_SHARE_BOUND,
+        f"{offset:+} at {share:.0%} of the positions",
+        f"+1 at {_SHIFT_SHARE_BOUND:.0%} or more",
+        on_fail=meaning,
+        remark=describe(small),
+        figures={"offset": offset, "share": share},
+        details=_show_pairs(block, tokenizer, offset),
+    )
+
+
+def _show_pairs(block: np.ndarray | None, tokenizer: StoryTokenizer | None, offset: int) -> tuple[str, ...]:
+    if block is None or tokenizer is None:
+        return ()
+    row = block[0]
+    places = [min(len(row) - 1 - max(offset, 0), round(share * len(row))) for share in (0.25, 0.5, 0.75)]
+    return tuple(
+        f"{tokenizer.decode(row[max(0, place - 11) : place + 1])!r} -> {tokenizer.decode([row[place + offset]])!r}"
+        for place in places
+        if place >= 0 and place + offset >= 0
+    )
+
+
+def check_initial_loss(config: Config, block: np.ndarray | None, why_random: str = "") -> Check:
+    """Measures the loss of fresh parameters at full size: near ln V, since nothing is known yet."""
+    loss = loss_of(fresh_params(config), rows_of(config, block), config)
+    expected = _expected_initial_loss(config.model)
+    distance = abs(loss / expected - 1)
+    return judge(
+        "loss at initialisation",
+        distance <= _INITIAL_LOSS_BOUND,
+        f"{loss:.4f} nats, {distance:.2%} off",
+        f"within {_INITIAL_LOSS_BOUND:.0%} of {expected:.4f}; ln V is {math.log(config.model.vocab_size):.4f}",
+        on_fail="fresh parameters should find all tokens about equally likely: a larger loss means that they start "
+        "with strong wrong beliefs (too large an initialisation), a smaller one that targets leak. See init_params.",
+        remark="" if block is not None else f"on random tokens: {why_random}",
+        figures={"loss": loss, "expected": expected},
+    )
+
+
+def _expected_initial_loss(model: ModelConfig) -> float:
+    """Returns ln V plus half the variance of the logits, since that is what the mean of exp(logit) adds.
+
+    By the recipe the output matrix is drawn from normal(0, ln(0.03 V) / d_model) where it is the embedding, else from
+    normal(0, 0.02); the hidden state it meets has d_model values of variance 1.
+    """
+    if model.tie_embeddings:
+        variance = math.log(max(0.03 * model.vocab_size, 1.5)) ** 2 / model.d_model
+    else:
+        variance = 0.02**2 * model.d_model
+    return math.log(model.vocab_size) + variance / 2
+
+
+def check_overfit(config: Config, block: np.ndarray | None) -> Check:
+    """Trains on one micro-batch until it is known by heart: gradients and optimizer do their work."""
+    num_rows = 1 if config.data.sequence_length < _SHORTEST_OF_TWO else 2
+    small = shrink(config, vocab_size=config.model.vocab_size, num_updates=_OVERFIT_UPDATES, rows=num_rows)
+    rows = rows_of(config, block)[:num_rows, : small.data.sequence_length + 1]
+    state, train_step = start(small)
+    no_articles_V = jnp.zeros(small.model.vocab_size, bool)
+    loss, updates = math.inf, 0
+    while updates < _OVERFIT_UPDATES and not loss < _OVERFIT_BOUND:
+        for _ in range(10):
+            state, metrics = train_step(state, rows, no_articles_V)
+        updates, loss = updates + 10, float(metrics.loss)
+    return judge(
+        "overfit",
+        loss < _OVERFIT_BOUND,
+        f"{loss:.4f} nats after {updates} updates",
+        f"below {_OVERFIT_BOUND} within {_OVERFIT_UPDATES} updates",
+        on_fail="a model that cannot learn a row or two by heart learns nothing else: gradients do not reach all "
+        "parameters, the optimizer does not apply them, or it holds them back; compare "
+        f"optim.max_grad_norm={config.optim.max_grad_norm}, optim.beta1={config.optim.beta1} and "
+        f"optim.weight_decay={config.optim.weight_decay} with those of configs/top10k.py.",
+        remark=f"{num_rows} rows, {describe(small)}",
+        figures={"loss": loss, "updates": updates},
+    )
+
+
+def check_accumulation(config: Config) -> Check:
+    """Compares two updates by k micro-batches with two by one batch k times as large, in float32."""
+    asked = config.train.grad_accum_steps
+    k = min(asked, _MOST_MICRO_BATCHES) if asked > 1 else 4
+    exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    pieces = shrink(exact, vocab_size=_VOCAB_SIZE, num_updates=2, grad_accum_steps=k, rows=2)
+    whole = shrink(exact, vocab_size=_VOCAB_SIZE, num_updates=2, rows=2 * k)
+    length = pieces.data.sequence_length
+    blocks = np.random.RandomState(3).randint(1, _VOCAB_SIZE, (2 * k, 2, length + 1)).astype(np.int32)
+    some_articles_V = jnp.zeros(_VOCAB_SIZE, bool).at[1:20].set(True)
+    with jax.default_matmul_precision("highest"):
+        in_pieces, metrics = _run(pieces, blocks, some_articles_V)
+        at_once, whole_metrics = _run(whole, blocks.reshape(2, 2 * k, length + 1), some_articles_V)
+    before, _ = start(whole)
+    change = jax.tree.map(jnp.subtract, at_once.params, before.params)
+    error = jax.tree.map(jnp.subtract, at_once.params, in_pieces.params)
+    of_params = float(_norm(error) / _norm(change))
+    # AdamW forgets the scale of a gradient, so a sum in place of a mean shows in the gradient's norm alone.
+    of_gradient = float(np.abs(metrics.grad_norm[k - 1 :: k] / whole_metrics.grad_norm - 1).max())
+    return judge(
+        "accumulation",
+        of_params <= _ACCUMULATION_BOUND and of_gradient <= _ACCUMULATION_BOUND,
+        f"change of parameters {of_params:.1e}, gradient {of_gradient:.1e}",
+        f"relative difference at most {_ACCUMULATION_BOUND:g}",
+        on_fail=f"{k} micro-batches do not add up to one batch {k} times as large, so --config.train.grad_accum_steps "
+        "changes what is learnt: the gradients must be averaged, each target weighted alike (MultiSteps in "
+        "training/optim.py, next_token_loss).",
+        remark=f"{k} micro-batches against one batch, in float32, {describe(pieces)}",
+        figures={"micro_batches": k, "parameters": of_params, "gradient_norm": of_gradient},
+    )
+
+
+def _run(config: Config, blocks: np.ndarray, article_mask_V: jax.Array) -> tuple[steps.TrainState, Any]:
+    """Returns the state after training on `blocks`, one a micro-step, and the metrics of each, stacked."""
+    state, train_step = start(config)
+    metrics = []
+    for block in blocks:
+        state, step_metrics = train_step(state, block, article_mask_V)
+        metrics.append(step_metrics)
+    return state, jax.tree.map(lambda *values: np.array(values), *jax.device_get(metrics))
+
+
+def _norm(tree: Any) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
+
+
+def check_schedule(config: Config) -> Check:
+    """Measures the learning rate that the run's own optimizer applies at its first update, the peak, half-way down,
+    the last but one and the last, by how far it moves a parameter under a unit gradient."""
+    schedule = config.schedule
+    assert schedule is not None
+    total, warmup = schedule.total_updates, schedule.warmup_updates
+    asked_total, asked_warmup = _asked(config, schedule.num_blocks)
+    numbers = sorted({max(number, 1) for number in (1, warmup, (warmup + total) // 2, total - 1, total)})
+    # Without the clip, whose scale AdamW would forget but for its epsilon.
+    unclipped = dataclasses.replace(config, optim=dataclasses.replace(config.optim, max_grad_norm=_NO_CLIP))
+    optimizer = optim.make_optimizer(unclipped)
+    apply = jax.jit(functools.partial(_applied_rate, optimizer, config.train.grad_accum_steps))
+    applied = {number: float(apply(number)) for number in numbers}
+    curve = optim.learning_rate_schedule(config.optim, schedule)
+    logged = {number: float(jnp.asarray(curve(jnp.int32(number - 1)))) for number in numbers}
+    expected = {number: _expected_rate(config.optim, schedule, number) for number in numbers}
+    peak = config.optim.learning_rate
+    worst = max(numbers, key=lambda n: max(abs(rate[n] - expected[n]) for rate in (applied, logged)))
+    error = float(np.max([abs(rate[n] - expected[n]) for rate in (applied, logged) for n in numbers])) / (peak or 1.0)
+    right_length = (total, warmup) == (asked_total, asked_warmup)
+    meaning = (
+        f"update {worst:,} of {total:,} runs at {applied[worst]:.3e} (logged as {logged[worst]:.3e}) instead of "
+        f"{expected[worst]:.3e}"
+        if right_length
+        else f"the run has {total:,} updates with a warm-up of {warmup:,}, but config and data ask for {asked_total:,} "
+        f"with {asked_warmup:,}"
+    )
+    at_peak = max(warmup, 1)
+    return judge(
+        "schedule",
+        error <= _SCHEDULE_BOUND and right_length and peak > 0,
+        f"{applied[at_peak]:.2e} at {at_peak:,}, {applied[total]:.2e} at {total:,}",
+        f"{expected[at_peak]:.2e} at {at_peak:,}, {expected[total]:.2e} at {total:,}, the last",
+        on_fail=f"{meaning}: the schedule does not fit the run. See learning_rate_schedule and make_optimizer."
+        if peak > 0
+        else "optim.learning_rate=0: nothing would be learnt; give a rate above 0",
+        remark=f"optim.warmup_updates={config.optim.warmup_updates:,} is cut to half of the run"
+        * (warmup < config.optim.warmup_updates),
+        figures={"applied": applied, "logged": logged, "expected": expected, "total_updates": total},
+        details=[
+            f"update {number:,}: applied {applied[number]:.3e}, logged {logged[number]:.3e}, by definition "
+            f"{expected[number]:.3e}"
+            for number in numbers
+        ],
+    )
+
+
+def _asked(config: Config, num_blocks: int) -> tuple[int, int]:
+    """Returns the updates and the warm-up that the config's own values ask for."""
+    train = config.train
+    rows_per_update = train.batch_size * train.grad_accum_steps
+    total = train.max_updates or -(-train.num_epochs * num_blocks // rows_per_update)
+    return total, min(config.optim.warmup_updates, total // 2)
+
+
+def _expected_rate(optim_config: OptimConfig, schedule: Schedule, number: int) -> float:
+    """Returns the definition: linear from 0 to the peak at update `warmup_updates`, then half a cosine to the last."""
+    peak, lowest = optim_config.learning_rate, optim_config.min_learning_rate
+    warmup, total = schedule.warmup_updates, schedule.total_updates
+    if number <= warmup:
+        return peak * number / warmup
+    return lowest + (peak - lowest) * (1 + math.cos(math.pi * (number - warmup) / (total - warmup))) / 2
+
+
+def _applied_rate(optimizer: Any, grad_accum_steps: int, number: jax.Array) -> jax.Array:
+    """Returns the rate at which update `number` moves parameters: AdamW's first step is rate x sign of the gradient."""
+    params = {"kernel": jnp.zeros((2, 2))}  # zeros: nothing to decay
+    state = optimizer.init(params)
+    # What counts updates is set to those before; Adam's own count, which mends the bias of its averages, stays 0.
+    before = jnp.asarray(number - 1, jnp.int32)
+    inner = jax.tree.map(
+        lambda part: part._replace(count=before) if _counts_updates(part) else part,
+        state.inner_opt_state,
+        is_leaf=_counts_updates,
+    )
+    state = state._replace(gradient_step=before, inner_opt_state=inner)
+
+    def micro_step(_: int, carried: Any) -> Any:
+        return optimizer.update({"kernel": jnp.ones((2, 2))}, carried[1], params)
+
+    updates, _ = jax.lax.fori_loop(0, grad_accum_steps, micro_step, (params, state))
+    return -updates["kernel"][0, 0]
+
+
+def _counts_updates(part: Any) -> bool:
+    return hasattr(part, "_fields") and part._fields == ("count",)

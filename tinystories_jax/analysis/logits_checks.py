@@ -1,0 +1,206 @@
+"""Checks of what the logits depend on, by measurement: the past alone, the same in writing, and in which precision."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.analysis.small_copy import (
+    LONGEST_CONTEXT,
+    describe,
+    fresh_params,
+    jit_forward,
+    loss_of,
+    rows_of,
+    sharpen,
+    shrink,
+)
+from tinystories_jax.config import Config
+from tinystories_jax.data.tokenizer import END_OF_STORY_ID
+from tinystories_jax.model import generate, transformer
+from tinystories_jax.training import optim, steps
+
+_VOCAB_SIZE = 160
+_CUTS = 24  # places at which what comes after is changed
+_GRADIENTS = 8  # places whose logits are differentiated
+_NEW_TOKENS = 8
+_PARITY_BOUND = 1e-3  # of the largest logit
+_PRECISION_BOUND = 0.02  # nats per token; bf16 keeps 8 bits of each activation, and the loss averages over tokens
+
+
+def check_causality(config: Config) -> Check:
+    """Measures how the logits at t change with tokens after t: by gradient, and by changing a token; exactly 0."""
+    length = min(config.data.sequence_length, LONGEST_CONTEXT)
+    small = shrink(config, vocab_size=length + 2, context=length)
+    params = transformer.init_params(small.model, jax.random.key(1))
+    # A token of its own at each position: its embedding's gradient is that of the input there.
+    random = np.random.RandomState(1)
+    tokens_BT = 1 + random.permutation(length + 1)[None, :length].astype(np.int32)
+    forward = jit_forward(small)
+
+    @jax.jit
+    def sensitivity(params: transformer.Params, position: jax.Array) -> jax.Array:
+        def objective(params: transformer.Params) -> jax.Array:
+            logits_V = transformer.forward(params, jnp.asarray(tokens_BT), small.model)[0, position]
+            # With tied embeddings the logit of a token reads its own row, so only those of END_OF_STORY and of what
+            # stands up to t are looked at.
+            seen_T = jnp.arange(length) <= position
+            return logits_V[END_OF_STORY_ID] ** 2 + jnp.sum(jnp.where(seen_T, logits_V[tokens_BT[0]] ** 2, 0.0))
+
+        gradient_VD = jax.grad(objective)(params)["embed_tokens"]["embedding"]
+        return jnp.abs(gradient_VD[tokens_BT[0]]).max(axis=1)
+
+    # Spread over the context, and not on round numbers, where blocks of queries might begin.
+    cuts = np.linspace(0, length - 2, _CUTS) + random.uniform(-0.4, 0.4, _CUTS) * length / _CUTS
+    places = np.unique(np.append(cuts.round().clip(0, length - 2).astype(int), [0, length - 2])).tolist()
+    changes = []
+    before_TV = np.asarray(forward(params, tokens_BT))[0]
+    for place in places:
+        changed_BT = tokens_BT.copy()
+        changed_BT[0, place + 1 :] = np.roll(changed_BT[0, place + 1 :], 1) if length - place > 2 else END_OF_STORY_ID
+        after_TV = np.asarray(forward(params, changed_BT))[0]
+        changes.append(np.abs(after_TV[: place + 1] - before_TV[: place + 1]).max())
+    gradients = [
+        np.asarray(sensitivity(params, jnp.int32(place)))[place + 1 :].max()
+        for place in places[:: -(-len(places) // _GRADIENTS)]
+    ]
+    # np.max, because that of Python passes over what is not a number.
+    gradient, difference = float(np.max(gradients)), float(np.max(changes))
+    return judge(
+        "causality",
+        gradient == 0 and difference == 0,
+        f"gradient {gradient:.2g}, change of logits {difference:.2g}",
+        "both exactly 0",
+        on_fail="a position sees tokens that come after it: training will look excellent, and the model will write "
+        "nonsense, for when writing there is nothing after. Mend the mask of the attention in model/transformer.py.",
+        remark=f"{len(places)} places, {describe(small)}",
+        figures={"largest_gradient": gradient, "largest_change": difference, "positions": places},
+    )
+
+
+def check_decode_parity(config: Config) -> Check:
+    """Compares the logits of prefill + cached decoding with those of the full forward, for prompts of unequal length,
+    and what `generate` writes greedily with the forward's own first choices."""
+    exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    small = shrink(exact, vocab_size=_VOCAB_SIZE, context=LONGEST_CONTEXT)
+    model, context = small.model, small.data.sequence_length
+    params = sharpen(transformer.init_params(model, jax.random.key(4)))
+    new_tokens = min(_NEW_TOKENS, context - 1)
+    lengths_B = np.array(sorted({1, (context - new_tokens) // 3 + 1, context - new_tokens}), np.int32)
+    tokens_BT = np.random.RandomState(4).randint(1, _VOCAB_SIZE, (len(lengths_B), context)).astype(np.int32)
+    with jax.default_matmul_precision("highest"):
+        forward = jit_forward(small)
+        full_BTV = np.asarray(forward(params, tokens_BT))
+        differences = _decode_differences(params, tokens_BT, lengths_B, full_BTV, new_tokens, small)
+        disagreeing = _greedy_disagreements(params, tokens_BT, lengths_B, new_tokens, small, forward)
+    largest = float(np.max(differences) / np.abs(full_BTV).max())
+    return judge(
+        "decode parity",
+        largest <= _PARITY_BOUND and disagreeing == 0,
+        f"logits {largest:.1e}, {disagreeing} greedy tokens differ",
+        f"at most {_PARITY_BOUND:g} of the largest logit, 0",
+        on_fail="writing computes other logits than training did, so samples are worse than the model: look at what "
+        "prefill and decode_step write into the KV cache, at which position, and at the angles they rotate by.",
+        remark=f"prompts of {', '.join(map(str, lengths_B))} tokens, in float32, {describe(small)}",
+        figures={
+            "largest_difference": largest,
+            "greedy_tokens_that_differ": disagreeing,
+            "prompt_lengths": lengths_B.tolist(),
+        },
+    )
+
+
+def _decode_differences(
+    params: transformer.Params,
+    tokens_BT: np.ndarray,
+    lengths_B: np.ndarray,
+    full_BTV: np.ndarray,
+    new_tokens: int,
+    small: Config,
+) -> list[float]:
+    """Returns the largest difference of logits after the prompts, and after each of `new_tokens` - 1 tokens more."""
+    context, rows = small.data.sequence_length, np.arange(len(lengths_B))
+    prefill = jax.jit(functools.partial(transformer.prefill, config=small.model, cache_length=context))
+    decode_step = jax.jit(functools.partial(transformer.decode_step, config=small.model))
+    prompts_BT = np.where(np.arange(context)[None] < lengths_B[:, None], tokens_BT, END_OF_STORY_ID)
+    logits_BV, caches = prefill(params, prompts_BT, jnp.asarray(lengths_B))
+    differences = [float(np.abs(logits_BV - full_BTV[rows, lengths_B - 1]).max())]
+    for step in range(new_tokens - 1):
+        positions_B = lengths_B + step
+        logits_BV, caches = decode_step(params, tokens_BT[rows, positions_B], jnp.asarray(positions_B), caches)
+        differences.append(float(np.abs(logits_BV - full_BTV[rows, positions_B]).max()))
+    return differences
+
+
+def _greedy_disagreements(
+    params: transformer.Params,
+    tokens_BT: np.ndarray,
+    lengths_B: np.ndarray,
+    new_tokens: int,
+    small: Config,
+    forward: Callable[..., jax.Array],
+) -> int:
+    """Returns how many tokens that `generate` wrote the full forward finds clearly less likely than another."""
+    texts = generate.generate(
+        params,
+        [row[:length].tolist() for row, length in zip(tokens_BT, lengths_B, strict=True)],
+        small.model,
+        generate.Sampling(temperature=0),
+        key=jax.random.key(0),
+        end_token=END_OF_STORY_ID,
+        context_length=small.data.sequence_length,
+        max_new_tokens=new_tokens,
+    )
+    padded_BT = np.zeros_like(tokens_BT)
+    for row, text in enumerate(texts):
+        padded_BT[row, : len(text)] = text
+    logits_BTV = np.asarray(forward(params, padded_BT))
+    margin = _PARITY_BOUND * np.abs(logits_BTV).max()
+    return sum(
+        int(logits_BTV[row, place - 1].max() - logits_BTV[row, place - 1, text[place]] > margin)
+        for row, (text, length) in enumerate(zip(texts, lengths_B, strict=True))
+        for place in range(length, len(text))
+    )
+
+
+def check_precision(config: Config, block: np.ndarray | None) -> Check:
+    """Checks that parameters, optimizer state and logits are float32, before and after a step, and measures how far
+    the loss in the config's dtype is from that in float32, on the same parameters and tokens."""
+    wrong = _not_float32(config)
+    params, rows = sharpen(fresh_params(config)), rows_of(config, block)
+    exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    rounds = config.model.dtype != "float32"
+    difference = abs(loss_of(params, rows, config) - loss_of(params, rows, exact)) if rounds else 0.0
+    return judge(
+        "precision",
+        not wrong and difference <= _PRECISION_BOUND,
+        f"{len(wrong)} arrays not float32" + f"; {config.model.dtype} loss {difference:.1e} off" * rounds,
+        "0" + f"; at most {_PRECISION_BOUND} nats" * rounds,
+        on_fail=f"not float32: {', '.join(wrong[:4])}. Updates are a thousandth of a parameter, which bfloat16 cannot "
+        "add: training slows down and stalls. Keep parameters, optimizer state and logits in float32."
+        if wrong
+        else f"activations in {config.model.dtype} change the loss; try --config.model.dtype=float32",
+        figures={"not_float32": wrong, "loss_difference": difference},
+    )
+
+
+def _not_float32(config: Config) -> list[str]:
+    """Returns the names of floating arrays of another dtype in the state before and after a step, and the logits."""
+    assert config.schedule is not None
+    optimizer = optim.make_optimizer(config)
+    before = jax.eval_shape(lambda: steps.init_state(config, optimizer))
+    train_step = steps.make_train_step(config, optimizer, optim.learning_rate_schedule(config.optim, config.schedule))
+    block = jax.ShapeDtypeStruct((1, config.data.sequence_length + 1), jnp.int32)
+    after, _ = jax.eval_shape(train_step, before, block, jax.ShapeDtypeStruct((config.model.vocab_size,), bool))
+    tokens = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)
+    logits = jax.eval_shape(functools.partial(transformer.forward, config=config.model), before.params, tokens)
+    named = jax.tree_util.tree_leaves_with_path({"before": before, "after": after, "logits": logits})
+    return [
+        f"{jax.tree_util.keystr(path)} ({leaf.dtype})"
+        for path, leaf in named
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32
+    ]
