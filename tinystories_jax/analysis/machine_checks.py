@@ -13,7 +13,7 @@ from tinystories_jax.analysis.measure import step_memory
 from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
-from tinystories_jax.evaluation.validation import article_mask, validate
+from tinystories_jax.evaluation.validation import validate
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.checkpoint import max_checkpoints, restore_params
 from tinystories_jax.training.jsonl import read_jsonl
@@ -145,8 +145,7 @@ def check_checkpoint(data: PreparedData, run: Path) -> Check:
         problems.append("the config's validation stories are not those of the run; give the run's own config")
     loss = None
     if not problems:
-        mask = article_mask(meta.tokenizer.article_ids, meta.tokenizer.vocab_size)
-        loss = validate(params, data.valid, meta.config, mask).loss
+        loss = validate(params, data.valid, meta.config, meta.tokenizer.article_forms).loss
         if logged is None or abs(loss - logged) > _LOSS_BOUND * logged:
             problems.append(
                 f"its validation loss is {loss:.5f}, but metrics.jsonl says {logged} for update {meta.update}: "

@@ -242,9 +242,9 @@ def _rows_of(config: Config, block: np.ndarray | None) -> np.ndarray:
 
 
 def _loss(params: transformer.Params, block: np.ndarray, config: Config) -> float:
-    no_articles_V = jnp.zeros(config.model.vocab_size, bool)
+    no_articles_AV = jnp.zeros((1, config.model.vocab_size), bool)
     weights_BT = np.ones((block.shape[0], block.shape[1] - 1), np.float32)
-    sums = eval_step(params, block, weights_BT, no_articles_V, config=config.model)
+    sums = eval_step(params, block, weights_BT, no_articles_AV, config=config.model)
     return float(sums.loss / sums.num_tokens)
 
 
