@@ -27,15 +27,15 @@ _JUDGE = flags.DEFINE_string("judge", "", "openai:MODEL sends the stories to OPE
 
 
 def main() -> None:
+    if bool(_CHECKPOINT.value) == bool(_STORIES.value):
+        raise UserError("give either --checkpoint=RUN or --stories=FILE, one of them; see --help")
+    if _STORIES.value and _DATA.value:
+        raise UserError(f"--data={_DATA.value}: a loss needs a model; give --checkpoint instead of --stories")
     from tinystories_jax.evaluation.evaluate import Writing, evaluate_file, evaluate_run
     from tinystories_jax.evaluation.judge import read_judge
     from tinystories_jax.evaluation.results import format_text, write_evaluation, write_json
     from tinystories_jax.training.checkpoint import restore_params
 
-    if bool(_CHECKPOINT.value) == bool(_STORIES.value):
-        raise UserError("give either --checkpoint=RUN or --stories=FILE, one of them; see --help")
-    if _STORIES.value and _DATA.value:
-        raise UserError(f"--data={_DATA.value}: a loss needs a model; give --checkpoint instead of --stories")
     run = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
     judge = read_judge(_JUDGE.value, os.environ, run and run / "judge.jsonl")
     if run is None:
