@@ -23,6 +23,7 @@ from tinystories_jax.evaluation.checker import CHECKER, checker_problem
 from tinystories_jax.evaluation.copies import longest_runs, score_copies
 from tinystories_jax.evaluation.grammar import TextScores, real_scores, score_stories, shipped_reference
 from tinystories_jax.evaluation.judge import Judge, JudgeScores, judge_stories
+from tinystories_jax.evaluation.link_grammar import has_parser
 from tinystories_jax.evaluation.results import Evaluation
 from tinystories_jax.evaluation.samples import Story, check_prompts, write_stories
 from tinystories_jax.evaluation.scorecard import Measured, list_criteria, list_figures, list_scores
@@ -180,9 +181,10 @@ def _first_stories(tokens: np.ndarray, count: int) -> list[list[int]]:
 
 
 def _score_text(texts: Sequence[str], finished: Sequence[bool] | None, log: Log) -> TextScores:
-    """Returns the scores; everything but grammar where the checker is missing."""
+    """Returns the scores: grammar where the checker is installed, the sentences without a parse where the parser is."""
     log(f"scoring {len(texts):,} stories")
-    return score_stories(texts, finished=finished, check_grammar=checker_problem() is None)
+    check_grammar = checker_problem() is None
+    return score_stories(texts, finished=finished, check_grammar=check_grammar, parse_sentences=has_parser())
 
 
 def _judge(stories: Sequence[tuple[str, str]], judge: Judge | None, log: Log) -> JudgeScores | None:
@@ -216,6 +218,8 @@ def _describe_text(text: TextScores) -> list[str]:
         f"articles: needed where {counted:,} stories of TinyStories have one with P >= {NEEDED}",
         f"grammar: {f'checked by {checker}' if problem is None else f'unknown, {problem}'}",
     ]
+    if text.unparsed_sentences is not None:
+        notes.append("sentences without a parse: by this system's link-grammar, part of no score")
     if text.num_stories * text.words_per_story < _COMPARABLE_WORDS:
         notes.append(f"distinct words and pairs: fewer than {_COMPARABLE_WORDS:,} words, so they come out too high")
     return notes

@@ -130,6 +130,8 @@ def _text_rows(text: TextScores) -> Iterator[Score]:
     for name, unit, field in _TEXT_ROWS:
         value, of_real = ((getattr(s, field), getattr(s, f"{field}_interval", None)) for s in (text, real))
         yield Score(name, unit, *value, *of_real)
+    if text.unparsed_sentences is not None:
+        yield Score("sentences without a parse", "share", text.unparsed_sentences)
 
 
 def _copy_rows(copies: CopyScores | None, real: CopyScores | None) -> Iterator[Score]:
