@@ -199,6 +199,8 @@ def test_a_config_file_without_sections_is_refused_by_their_names(tmp_path):
         ("report", []),
         ("compare", ["--output"]),
         ("calibrate", ["--train_files", "--valid_files", "--output"]),
+        ("evaluate", ["--checkpoint", "--stories", "--step", "--num_stories", "--data", "--json", "--judge"]),
+        ("evaluate", ["--temperature", "--seed"]),
     ],
 )
 def test_help_names_the_flags(script, names):
@@ -209,7 +211,8 @@ def test_help_names_the_flags(script, names):
 
 
 def test_every_script_is_in_the_test_of_its_help():
-    scripts = {"train", "prepare", "sample", "train_tokenizer", "doctor", "plan", "report", "compare", "calibrate"}
+    scripts = {"train", "prepare", "sample", "train_tokenizer", "doctor", "plan"}
+    scripts |= {"evaluate", "report", "compare", "calibrate"}
     assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == scripts
 
 

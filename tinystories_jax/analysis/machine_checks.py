@@ -14,7 +14,7 @@ from tinystories_jax.analysis.measure import step_memory
 from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
-from tinystories_jax.evaluation.validation import article_mask, validate
+from tinystories_jax.evaluation.validation import validate
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.checkpoint import max_checkpoints, restore_params
 from tinystories_jax.training.jsonl import read_jsonl
@@ -165,8 +165,7 @@ def check_checkpoint(data: PreparedData | None, run: Path, why_no_data: str = ""
     ]
     loss, remark = None, ""
     if data is not None and not problems:
-        mask = article_mask(meta.tokenizer.article_ids, meta.tokenizer.vocab_size)
-        loss = validate(params, data.valid, meta.config, mask).loss
+        loss = validate(params, data.valid, meta.config, meta.tokenizer.article_forms).loss
         if logged is None:
             remark = "it was saved between two evaluations, so there is no logged loss to compare with"
         elif not abs(loss - logged) <= _LOSS_BOUND * logged:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from tinystories_jax.analysis.figures import compact
-from tinystories_jax.analysis.run_files import Interval, RunFiles, Score, number
+from tinystories_jax.analysis.run_files import Interval, RunFiles, number
 from tinystories_jax.analysis.sides import bytes_per_token
+from tinystories_jax.evaluation.results import Score
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.metrics import flops_per_token
 

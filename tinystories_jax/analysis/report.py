@@ -23,6 +23,7 @@ from tinystories_jax.analysis.page import (
     write_page,
 )
 from tinystories_jax.analysis.run_files import Interval, RunFiles, number, read_run
+from tinystories_jax.evaluation.results import format_figure, format_interval
 
 # A run that writes nothing for longer than an evaluation can take is not under way.
 _QUIET_SECONDS = 15 * 60
@@ -124,11 +125,11 @@ def _scores(run: RunFiles) -> str:
     counted = "" if found.num_stories is None else f"{found.num_stories:,} stories "
     at = "" if found.update is None else f"of the checkpoint of update {found.update:,}"
     note = f"{counted}{at}".strip().capitalize()
-    verdicts = [
-        (f'<span class="{"good" if item.passed else "bad"}">{"PASS" if item.passed else "FAIL"}</span>', item)
+    colours = {True: "good", False: "bad", None: ""}
+    criteria = [
+        (escape(item.name), escape(item.figure), f'<span class="{colours[item.passed]}">{item.verdict}</span>')
         for item in found.criteria
     ]
-    criteria = [(escape(item.name), escape(item.figure), verdict) for verdict, item in verdicts]
     scores = [
         (escape(score.name), *_cells(score.value, score.interval), *_cells(score.real, score.real_interval))
         for score in found.scores
@@ -145,13 +146,7 @@ def _scores(run: RunFiles) -> str:
 
 
 def _cells(value: float | None, interval: Interval | None) -> tuple[str, str]:
-    between = "" if interval is None else f"{_figure(interval[0])} to {_figure(interval[1])}"
-    return (_NONE if value is None else _figure(value)), between
-
-
-def _figure(value: float) -> str:
-    """Returns four significant digits, without an exponent where a reader needs none."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".rstrip(".")
+    return format_figure(value), format_interval(interval)
 
 
 def _config(run: RunFiles) -> str:

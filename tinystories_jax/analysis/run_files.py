@@ -10,34 +10,14 @@ from typing import Any
 
 from tinystories_jax.config import Config, Schedule, from_dict
 from tinystories_jax.errors import UserError
+from tinystories_jax.evaluation.results import Criterion, Score
 from tinystories_jax.training.jsonl import read_jsonl
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Score:
-    """A figure of evaluation.json, with its 95 % interval, and the same figure for real stories; None is unknown."""
-
-    name: str
-    unit: str
-    value: float | None
-    interval: Interval | None
-    real: float | None = None
-    real_interval: Interval | None = None
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """One of the recipe's criteria of success, and the figure that decided it."""
-
-    name: str
-    passed: bool
-    figure: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class StoredEvaluation:
     """evaluation.json. `grammar` is out of 10, `articles` the share of needed articles that are there."""
 
     update: int | None
@@ -61,7 +41,7 @@ class RunFiles:
     tokenizer_sha256: str | None
     rows: list[dict[str, Any]]
     samples: list[dict[str, Any]]
-    evaluation: Evaluation | None
+    evaluation: StoredEvaluation | None
     starts: list[dict[str, Any]]
     last_written: float | None
     problems: tuple[str, ...]
@@ -158,17 +138,17 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_evaluation(path: Path, problems: list[str]) -> Evaluation | None:
+def _read_evaluation(path: Path, problems: list[str]) -> StoredEvaluation | None:
     if not path.exists():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Evaluation(
+        return StoredEvaluation(
             update=values.get("checkpoint_update"),
             num_stories=values.get("num_stories"),
             scores=tuple(_score(score) for score in values.get("scores") or ()),
             criteria=tuple(
-                Criterion(str(criterion["name"]), bool(criterion["passed"]), str(criterion["figure"]))
+                Criterion(str(criterion["name"]), _passed(criterion["passed"]), str(criterion["figure"]))
                 for criterion in values.get("criteria") or ()
             ),
             grammar=Score("grammar", "of 10", number(values, "grammar"), _interval(values.get("grammar_interval"))),
@@ -188,6 +168,10 @@ def _score(values: dict[str, Any]) -> Score:
         real=number(values, "real"),
         real_interval=_interval(values.get("real_interval")),
     )
+
+
+def _passed(value: Any) -> bool | None:
+    return None if value is None else bool(value)
 
 
 def _interval(values: Any) -> Interval | None:

@@ -119,7 +119,7 @@ def rows_of(config: Config, block: np.ndarray | None) -> np.ndarray:
 
 def loss_of(params: transformer.Params, block: np.ndarray, config: Config) -> float:
     """Returns the mean loss over `block`, in nats per token, by the step that evaluates."""
-    no_articles_V = jnp.zeros(config.model.vocab_size, bool)
+    no_articles_AV = jnp.zeros((1, config.model.vocab_size), bool)
     weights_BT = np.ones((block.shape[0], block.shape[1] - 1), np.float32)
-    sums = eval_step(params, block, weights_BT, no_articles_V, config=config.model)
+    sums = eval_step(params, block, weights_BT, no_articles_AV, config=config.model)
     return float(sums.loss / sums.num_tokens)

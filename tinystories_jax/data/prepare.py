@@ -122,6 +122,17 @@ def find_data(config: Config) -> PreparedData | None:
     return _gather(tokenizer, train, valid)
 
 
+def find_cache(data: DataConfig, split: str, fingerprint: str) -> TokenCache | None:
+    """Returns the cache of a split (train or validation) that a checkpoint names by its fingerprint; None if not there.
+
+    Where the stories themselves are does not matter. Raises `UserError` for a damaged cache.
+    """
+    folder = _cache_folder(data.cache_dir, split, fingerprint)
+    if not folder.exists():
+        return None
+    return open_cache(folder, fingerprint=fingerprint, rebuild_command=rebuild_command())
+
+
 def expected_fingerprints(config: Config, tokenizer: StoryTokenizer) -> tuple[str, str]:
     """Returns the fingerprints that the caches of the training and the validation split must have; writes nothing."""
     train, valid = _identify(_splits(config.data), config.data, remember=False)
@@ -287,7 +298,11 @@ def _cache_place(
 ) -> tuple[Path, str]:
     """Returns the folder of a token cache and its whole fingerprint."""
     fingerprint = cache_fingerprint(tokenizer.sha256, identity)
-    return Path(cache_dir) / "tokens" / f"{source.split}-{fingerprint[:16]}", fingerprint
+    return _cache_folder(cache_dir, source.split, fingerprint), fingerprint
+
+
+def _cache_folder(cache_dir: str, split: str, fingerprint: str) -> Path:
+    return Path(cache_dir) / "tokens" / f"{split}-{fingerprint[:16]}"
 
 
 def _prepare_cache(

@@ -28,7 +28,11 @@ _ROUND_TRIP = "Once upon a time,  Zoë said: \"It's 10 o'clock!\"\n\nThe café w
 # A token of its own is an article in all but one in a thousand cases when a space stands before it or when it opens
 # a line in capitals. Bare "a", "an" and "the" are left out: after a space they would carry it, so they are pieces of
 # words (Ev|an) and of "peek-a-boo".
-_ARTICLES = (" a", " an", " the", " A", " An", " The", "A", "An", "The")
+_ARTICLES = {
+    "a": (" a", " A", "A"),
+    "an": (" an", " An", "An"),
+    "the": (" the", " The", "The"),
+}
 _REPORTED = (" a", " the", " an", "A", "The", "An")
 _RARE = 100  # below so many uses, a row of the embedding has hardly moved from where it began
 
@@ -53,10 +57,15 @@ class StoryTokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
+    def article_forms(self) -> dict[str, tuple[int, ...]]:
+        """IDs of the tokens that are "a", "an" and "the" each, ascending; a form of several tokens has none."""
+        found = {article: map(self.token_id, forms) for article, forms in _ARTICLES.items()}
+        return {article: tuple(sorted({i for i in ids if i is not None})) for article, ids in found.items()}
+
+    @cached_property
     def article_ids(self) -> tuple[int, ...]:
-        """IDs of the tokens that are a / an / the, ascending; an article of several tokens has none."""
-        found = (self.token_id(text) for text in _ARTICLES)
-        return tuple(sorted({token for token in found if token is not None}))
+        """IDs of the tokens that are a / an / the, ascending."""
+        return tuple(sorted(token for ids in self.article_forms.values() for token in ids))
 
     def token_id(self, text: str) -> int | None:
         """Returns the ID of `text` if it is encoded as one token, else None."""

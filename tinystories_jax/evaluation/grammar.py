@@ -13,12 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.articles import NEEDED, UNLIKELY, ArticleReference, find_absent, score_articles
+from tinystories_jax.evaluation.bootstrap import Interval, interval_of, resample
 from tinystories_jax.evaluation.checker import CHECKER, find_faults, load_checker
 from tinystories_jax.evaluation.link_grammar import count_unparsed
 from tinystories_jax.evaluation.sentences import normalise, split_sentences, split_words
@@ -27,16 +28,7 @@ from tinystories_jax.evaluation.sentences import normalise, split_sentences, spl
 GRAMMAR_SCALE = 2.0
 
 _SHIPPED = importlib.resources.files("tinystories_jax.evaluation") / "reference.json.gz"
-_NUM_DRAWS = 2_000
-_DRAWS_AT_ONCE = 20  # bounds the memory of the bootstrap
 _DISTINCT_WORDS = 20_000
-
-
-class Interval(NamedTuple):
-    """95 % of the bootstrap over stories; nan with fewer than two stories, and where the figure is."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -53,17 +45,24 @@ class TextScores:
     grammar_interval: Interval
     clean_sentences: float  # 0 to 10: 10 x share of sentences without a fault
     clean_sentences_interval: Interval
+    faults_per_100_words: float  # absent articles included
+    faults_per_100_words_interval: Interval
     articles: float  # share of the gaps that need an article and have one
     articles_interval: Interval
     articles_per_100_words: float
+    articles_per_100_words_interval: Interval
     articles_actual_to_expected: float
+    articles_actual_to_expected_interval: Interval
     articles_unlikely: float  # share of articles where the reference has next to none
-    faults_per_100_words: float  # absent articles included
+    articles_unlikely_interval: Interval
     repetition: float  # share of 4-grams that stood earlier in the same story
+    repetition_interval: Interval
+    words_per_story: float
+    words_per_story_interval: Interval
     distinct_1: float  # share of different words among the first 20,000 of all stories
     distinct_2: float  # likewise of pairs
-    words_per_story: float
     finished: float | None  # share of stories that their author ended; None is unknown
+    finished_interval: Interval | None
     unparsed_sentences: float | None  # share, by link-grammar; None if not asked for
     unparsed_skipped: int | None  # sentences too long for it
 
@@ -99,14 +98,22 @@ def score_stories(
     normal = [normalise(text) for text in texts]
     ends = [False] * len(texts) if finished is None else finished
     stories = [split_sentences(text, finished=end) for text, end in zip(normal, ends, strict=True)]
+    words = [split_words(text) for text in normal]
+    counts = _count_faults_and_articles(stories, reference, check_grammar=check_grammar) | _count_words(words)
+    if finished is not None:
+        counts["finished"] = np.array(finished, np.float64)
     parse = count_unparsed([sentence for story in stories for sentence in story]) if parse_sentences else None
     return TextScores(
-        num_stories=len(texts),
-        **_pooled_scores(stories, reference, check_grammar=check_grammar),
-        **_variety([split_words(text) for text in normal]),
-        finished=None if finished is None else float(_share(sum(finished), len(texts))),
-        unparsed_sentences=None if parse is None else float(_share(parse.unparsed, parse.tried)),
-        unparsed_skipped=None if parse is None else parse.skipped,
+        **{
+            "num_stories": len(texts),
+            "num_words": int(counts["words"].sum()),
+            "finished": None,
+            "finished_interval": None,
+            **_pool(counts, reference.real_faults_per_100_words),
+            **_distinct_ngrams(words),
+            "unparsed_sentences": None if parse is None else float(_share(parse.unparsed, parse.tried)),
+            "unparsed_skipped": None if parse is None else parse.skipped,
+        }
     )
 
 
@@ -167,57 +174,52 @@ def _read_shipped() -> tuple[Reference, TextScores]:
         return read_reference(path)
 
 
-def _pooled_scores(stories: list[list[str]], reference: Reference, *, check_grammar: bool) -> dict[str, Any]:
-    """Returns the figures that are ratios of sums over the stories."""
-    counts = dataclasses.asdict(score_articles(stories, reference.articles))
+def _count_faults_and_articles(
+    stories: list[list[str]], reference: Reference, *, check_grammar: bool
+) -> dict[str, np.ndarray]:
     faults = count_faults(stories, reference.articles) if check_grammar else np.full((3, len(stories)), math.nan)
-    counts |= dict(zip(("sentences", "clean", "faults"), faults, strict=True))
-    total = {name: count.sum() for name, count in counts.items()}
-    figures = _figures(total, reference.real_faults_per_100_words)
-    draws = _figures(_resample(counts), reference.real_faults_per_100_words)
-    scores: dict[str, Any] = {name: float(figure) for name, figure in figures.items()}
-    return scores | {
-        **{f"{name}_interval": _interval(draw) for name, draw in draws.items()},
-        "num_words": int(total["words"]),
-        "articles_per_100_words": float(100 * _share(total["articles"], total["words"])),
-        "articles_actual_to_expected": float(_share(total["articles"], total["expected"])),
-        "articles_unlikely": float(_share(total["unlikely"], total["articles"])),
-        "faults_per_100_words": float(100 * _share(total["faults"], total["words"])),
+    counts = dataclasses.asdict(score_articles(stories, reference.articles))
+    return counts | dict(zip(("sentences", "clean", "faults"), faults, strict=True))
+
+
+def _count_words(stories: list[list[str]]) -> dict[str, np.ndarray]:
+    """Returns the counts of each story for which it need not have been finished."""
+    four_grams = [_ngrams([words], 4) for words in stories]
+    return {
+        "stories": np.ones(len(stories)),
+        "all_words": np.array([len(words) for words in stories], np.float64),
+        "four_grams": np.array([len(grams) for grams in four_grams], np.float64),
+        "repeated": np.array([len(grams) - len(set(grams)) for grams in four_grams], np.float64),
     }
+
+
+def _pool(counts: dict[str, np.ndarray], real_faults: float) -> dict[str, Any]:
+    """Returns the figures that are ratios of sums over the stories, each with its interval."""
+    figures = _figures({name: count.sum() for name, count in counts.items()}, real_faults)
+    draws = _figures(resample(counts), real_faults)
+    scores: dict[str, Any] = {name: float(figure) for name, figure in figures.items()}
+    return scores | {f"{name}_interval": interval_of(draw) for name, draw in draws.items()}
 
 
 def _figures(sums: dict[str, np.ndarray], real_faults: float) -> dict[str, np.ndarray]:
-    """Returns the figures that have intervals, from sums over the stories, or from arrays of such sums."""
-    excess = np.maximum(0, 100 * _share(sums["faults"], sums["words"]) - real_faults)
-    return {
-        "grammar": 10 * np.exp(-excess / GRAMMAR_SCALE),
+    """Returns the figures, from sums over the stories, or from arrays of such sums."""
+    faults = 100 * _share(sums["faults"], sums["words"])
+    figures = {
+        "grammar": 10 * np.exp(-np.maximum(0, faults - real_faults) / GRAMMAR_SCALE),
         "clean_sentences": 10 * _share(sums["clean"], sums["sentences"]),
+        "faults_per_100_words": faults,
         "articles": _share(sums["filled"], sums["needed"]),
+        "articles_per_100_words": 100 * _share(sums["articles"], sums["words"]),
+        "articles_actual_to_expected": _share(sums["articles"], sums["expected"]),
+        "articles_unlikely": _share(sums["unlikely"], sums["articles"]),
+        "repetition": _share(sums["repeated"], sums["four_grams"]),
+        "words_per_story": _share(sums["all_words"], sums["stories"]),
     }
+    return figures | ({"finished": _share(sums["finished"], sums["stories"])} if "finished" in sums else {})
 
 
-def _resample(counts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the sums of each count over 2,000 draws of as many stories, with replacement."""
-    columns = np.stack(list(counts.values()), axis=1)
-    num_stories = len(columns)
-    sums = np.full((_NUM_DRAWS, len(counts)), math.nan)
-    # Frozen for good, unlike the newer generators of NumPy: the same draws under any version.
-    rng = np.random.RandomState(0)
-    for start in range(0, _NUM_DRAWS if num_stories > 1 else 0, _DRAWS_AT_ONCE):
-        drawn = rng.randint(num_stories, size=(_DRAWS_AT_ONCE, num_stories), dtype=np.int64)
-        sums[start : start + _DRAWS_AT_ONCE] = columns[drawn].sum(axis=1)
-    return dict(zip(counts, sums.T, strict=True))
-
-
-def _interval(draws: np.ndarray) -> Interval:
-    defined = draws[~np.isnan(draws)]
-    return Interval(*map(float, np.percentile(defined, (2.5, 97.5)))) if len(defined) else Interval(math.nan, math.nan)
-
-
-def _variety(stories: list[list[str]]) -> dict[str, Any]:
-    """Returns what words alone tell: repetition within stories, distinct n-grams across them, and length."""
-    four_grams = [_ngrams([words], 4) for words in stories]
-    num_four_grams = sum(map(len, four_grams))
+def _distinct_ngrams(stories: list[list[str]]) -> dict[str, float]:
+    """Returns the shares of different words and pairs, for as much text of every author."""
     num_words = 0
     first = []
     for words in stories:
@@ -225,10 +227,8 @@ def _variety(stories: list[list[str]]) -> dict[str, Any]:
         num_words += len(first[-1])
     ones, pairs = _ngrams(first, 1), _ngrams(first, 2)
     return {
-        "repetition": float(_share(num_four_grams - sum(len(set(grams)) for grams in four_grams), num_four_grams)),
         "distinct_1": float(_share(len(set(ones)), len(ones))),
         "distinct_2": float(_share(len(set(pairs)), len(pairs))),
-        "words_per_story": float(_share(sum(map(len, stories)), len(stories))),
     }
 
 

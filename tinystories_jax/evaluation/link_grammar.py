@@ -1,7 +1,7 @@
 """Sentences that a full parser of English finds no parse for: a second opinion, never part of a score.
 
 The parser is the C library link-grammar (Sleator and Temperley 1991), where the system has it; no package from PyPI
-brings it, and its version is the system's. It is slow: about ten stories a second.
+brings it, and its version is the system's. It is slow: about twenty stories a second.
 """
 
 import ctypes
@@ -46,6 +46,15 @@ class ParseCounts(NamedTuple):
     unparsed: int
     tried: int
     skipped: int
+
+
+def has_parser() -> bool:
+    """Returns whether this machine has the library and its English dictionary."""
+    try:
+        _load_parser()
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def count_unparsed(sentences: Sequence[str]) -> ParseCounts:

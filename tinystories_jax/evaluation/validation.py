@@ -1,8 +1,12 @@
 """Loss of a model over a split: token-weighted, every token a target once, the articles apart."""
 
+import contextlib
 import functools
 import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,57 +14,87 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinystories_jax.config import Config, ModelConfig
-from tinystories_jax.data.cache import TokenCache, eval_batches
+from tinystories_jax.data.cache import TokenCache, cache_fingerprint, eval_batches, open_cache, write_cache
+from tinystories_jax.data.stories import StorySource, source_identity
+from tinystories_jax.data.tokenizer import StoryTokenizer
 from tinystories_jax.model.loss import token_losses
 from tinystories_jax.model.transformer import Params, forward
 
 
 @dataclass(frozen=True)
+class ArticleScores:
+    """At the targets that are a token of an article: the mean loss in nats, the mean probability of the right token,
+    and the share of right first guesses; nan where there is none."""
+
+    loss: float
+    probability: float
+    recall: float
+    num_targets: int
+
+
+@dataclass(frozen=True)
 class ValidationScores:
-    """loss: nats per token. bits_per_byte: comparable between vocabularies. article_loss and article_recall: nats, and
-    the share of right first guesses, at the targets that are an article; nan where there is none."""
+    """loss: nats per token. bits_per_byte: comparable between vocabularies. all_articles: a, an and the together;
+    articles: each apart, its forms (capitals, a space before it) together."""
 
     loss: float
     bits_per_byte: float
-    article_loss: float
-    article_recall: float
     num_tokens: int
+    all_articles: ArticleScores
+    articles: dict[str, ArticleScores]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
 
 
 class EvalSums(NamedTuple):
-    """Sums over the weighted targets of one batch; float32 scalars."""
+    """Sums over the weighted targets of one batch, float32: scalars, and one per article (A)."""
 
     loss: jax.Array
     num_tokens: jax.Array
-    article_loss: jax.Array
-    article_hits: jax.Array
-    num_articles: jax.Array
+    loss_A: jax.Array
+    probability_A: jax.Array
+    hits_A: jax.Array
+    num_targets_A: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def eval_step(
-    params: Params, block: jax.Array, weights_BT: jax.Array, article_mask_V: jax.Array, *, config: ModelConfig
+    params: Params, block: jax.Array, weights_BT: jax.Array, articles_AV: jax.Array, *, config: ModelConfig
 ) -> EvalSums:
-    """Returns the sums over one block, int32 (batch, T + 1); `weights_BT` is 0 on padding and 1 elsewhere."""
+    """Returns the sums over one block, int32 (batch, T + 1).
+
+    `weights_BT` is 0 on padding and 1 elsewhere; row A of `articles_AV` is True for the tokens of article A.
+    """
     inputs_BT, targets_BT = block[:, :-1], block[:, 1:]
     logits_BTV = forward(params, inputs_BT, config)
-    losses_BT = token_losses(logits_BTV, targets_BT) * weights_BT
-    articles_BT = article_mask_V[targets_BT] * weights_BT
+    losses_BT = token_losses(logits_BTV, targets_BT)
     hits_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    articles_ABT = articles_AV[:, targets_BT] * weights_BT[None]
+
+    def sum_per_article(values_BT: jax.Array) -> jax.Array:
+        return (articles_ABT * values_BT[None]).sum(axis=(1, 2))
+
     return EvalSums(
-        loss=losses_BT.sum(),
+        loss=(losses_BT * weights_BT).sum(),
         num_tokens=weights_BT.sum(),
-        article_loss=(losses_BT * articles_BT).sum(),
-        article_hits=(hits_BT * articles_BT).sum(),
-        num_articles=articles_BT.sum(),
+        loss_A=sum_per_article(losses_BT),
+        probability_A=sum_per_article(jnp.exp(-losses_BT)),
+        hits_A=sum_per_article(hits_BT),
+        num_targets_A=articles_ABT.sum(axis=(1, 2)),
     )
 
 
-def validate(params: Params, cache: TokenCache, config: Config, article_mask_V: jax.Array) -> ValidationScores:
+def validate(
+    params: Params, cache: TokenCache, config: Config, article_forms: Mapping[str, Sequence[int]]
+) -> ValidationScores:
     """Returns the scores over `cache`, or over its first `eval.max_batches` batches when that is not 0.
 
-    bits per byte = loss x tokens / (ln 2 x UTF-8 bytes), tokens and bytes of the whole split.
+    `article_forms` are the IDs of each article (`StoryTokenizer.article_forms`). bits per byte = loss x tokens /
+    (ln 2 x UTF-8 bytes), tokens and bytes of the whole split.
     """
+    articles_AV = jnp.stack([article_mask(ids, config.model.vocab_size) for ids in article_forms.values()])
     sums: list[EvalSums] = []
     batches = eval_batches(
         cache.tokens, batch_size=config.train.batch_size, sequence_length=config.data.sequence_length
@@ -68,20 +102,43 @@ def validate(params: Params, cache: TokenCache, config: Config, article_mask_V: 
     for index, (block, weights_BT) in enumerate(batches):
         if config.eval.max_batches and index >= config.eval.max_batches:
             break
-        sums.append(eval_step(params, block, weights_BT, article_mask_V, config=config.model))
+        sums.append(eval_step(params, block, weights_BT, articles_AV, config=config.model))
     # One transfer for all batches; summed in float64, so that no batch is lost in a large float32 sum.
-    total = EvalSums(*np.sum(np.array(jax.device_get(sums), np.float64), axis=0))
+    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
+    per_article = np.stack([total.loss_A, total.probability_A, total.hits_A, total.num_targets_A], axis=1)
     loss = total.loss / total.num_tokens
     manifest = cache.manifest
     return ValidationScores(
         loss=float(loss),
         bits_per_byte=float(loss * manifest.num_tokens / (math.log(2) * manifest.num_bytes)),
-        article_loss=float(total.article_loss / total.num_articles) if total.num_articles else math.nan,
-        article_recall=float(total.article_hits / total.num_articles) if total.num_articles else math.nan,
         num_tokens=int(total.num_tokens),
+        all_articles=_article_scores(per_article.sum(axis=0)),
+        articles={article: _article_scores(row) for article, row in zip(article_forms, per_article, strict=True)},
     )
 
 
-def article_mask(article_ids: tuple[int, ...], vocab_size: int) -> jax.Array:
+@contextlib.contextmanager
+def cache_of_files(files: str, tokenizer: StoryTokenizer) -> Iterator[TokenCache]:
+    """Yields a cache of the stories in comma-separated paths or globs, which vanishes with the block.
+
+    They are read as training reads them: mended, stripped, none twice. Raises `UserError` for what cannot be read.
+    """
+    source = StorySource("files", "validation", files=files)
+    identity = source_identity(source, None)
+    with tempfile.TemporaryDirectory(prefix="tinystories-") as parent:
+        folder = Path(parent) / "cache"
+        write_cache(source, tokenizer, folder, identity=identity, show_progress=True)
+        fingerprint = cache_fingerprint(tokenizer.sha256, identity)
+        yield open_cache(folder, fingerprint=fingerprint, rebuild_command="the same command")
+
+
+def article_mask(article_ids: Sequence[int], vocab_size: int) -> jax.Array:
     """Returns bool mask_V, True for the IDs of a / an / the."""
     return jnp.zeros(vocab_size, bool).at[jnp.array(article_ids, jnp.int32)].set(True)
+
+
+def _article_scores(sums: np.ndarray) -> ArticleScores:
+    """Returns the means; `sums` are those of loss, probability, hits and targets."""
+    *parts, num_targets = (float(value) for value in sums)
+    loss, probability, recall = (part / num_targets if num_targets else math.nan for part in parts)
+    return ArticleScores(loss, probability, recall, int(num_targets))

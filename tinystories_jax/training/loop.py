@@ -137,7 +137,7 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
                 rows = _look(meter, log, progress, checkpoints)
                 valid_loss = None
                 if evaluates:
-                    valid_loss, improved = _evaluate(state.params, data, config, article_mask_V, log, rows, progress)
+                    valid_loss, improved = _evaluate(state.params, data, config, log, rows, progress)
                     _sample(state.params, data.tokenizer, config, workdir, rows[-1], progress)
                     saves = saves or improved
                 log.write(rows)
@@ -280,13 +280,12 @@ def _evaluate(
     params: Params,
     data: PreparedData,
     config: Config,
-    article_mask_V: jax.Array,
     log: MetricsLog,
     rows: list[dict[str, Any]],
     progress: ProgressLine,
 ) -> tuple[float, bool]:
     """Adds the validation scores to the newest row; returns the loss and whether it is the best so far."""
-    scores = validate(params, data.valid, config, article_mask_V)
+    scores = validate(params, data.valid, config, data.tokenizer.article_forms)
     if not math.isfinite(scores.loss):
         log.write(rows)
         raise UserError(f"update {rows[-1]['update']}: the validation loss is not finite. {_NON_FINITE_ADVICE}")
@@ -294,13 +293,13 @@ def _evaluate(
     rows[-1] |= {
         "valid/loss": scores.loss,
         "valid/bits_per_byte": scores.bits_per_byte,
-        "valid/article_loss": scores.article_loss,
-        "valid/article_recall": scores.article_recall,
+        "valid/article_loss": scores.all_articles.loss,
+        "valid/article_recall": scores.all_articles.recall,
     }
     best = " (best)" if improved else ""
     progress.note(
         f"update {rows[-1]['update']}: validation loss {scores.loss:.4f}, {scores.bits_per_byte:.4f} bits per byte, "
-        f"articles: loss {scores.article_loss:.3f}, recall {scores.article_recall:.1%}{best}"
+        f"articles: loss {scores.all_articles.loss:.3f}, recall {scores.all_articles.recall:.1%}{best}"
     )
     return scores.loss, improved
 

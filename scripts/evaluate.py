@@ -1,0 +1,64 @@
+"""Scores a model, or any stories, beside held-out real stories, by the recipe's criteria of success.
+
+    python scripts/evaluate.py --checkpoint runs/top10k [--num_stories 200] [--data FILE] [--json OUT]
+    python scripts/evaluate.py --stories FILE [--json OUT]
+
+The first writes evaluation.json and evaluation.md into the run; the second scores text as if a model had written it.
+FILE is .txt (stories separated by <|endoftext|>), .jsonl or .parquet. Everything is offline, unless --judge is given.
+"""
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from tinystories_jax import cli
+from tinystories_jax.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train.py's --workdir.")
+_STORIES = flags.DEFINE_string("stories", None, "Instead of --checkpoint: a file of stories to score.")
+_STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
+_NUM_STORIES = flags.DEFINE_integer("num_stories", 200, "To write, or to read of --stories.", lower_bound=1)
+_DATA = flags.DEFINE_string("data", "", "File to measure the loss on, instead of the run's validation split.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of writing; 1 is the model's own distribution, 0 is greedy.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same stories.", lower_bound=0, upper_bound=2**31 - 1)
+_JSON = flags.DEFINE_string("json", "", "File for the figures, beside the run's evaluation.json.")
+_JUDGE = flags.DEFINE_string("judge", "", "openai:MODEL sends the stories to OPENAI_BASE_URL, to be marked there.")
+
+
+def main() -> None:
+    if bool(_CHECKPOINT.value) == bool(_STORIES.value):
+        raise UserError("give either --checkpoint=RUN or --stories=FILE, one of them; see --help")
+    if _STORIES.value and _DATA.value:
+        raise UserError(f"--data={_DATA.value}: a loss needs a model; give --checkpoint instead of --stories")
+    from tinystories_jax.evaluation.evaluate import Writing, evaluate_file, evaluate_run
+    from tinystories_jax.evaluation.judge import read_judge
+    from tinystories_jax.evaluation.results import format_text, write_evaluation, write_json
+    from tinystories_jax.training.checkpoint import restore_params
+
+    run = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    judge = read_judge(_JUDGE.value, os.environ, run and run / "judge.jsonl")
+    if run is None:
+        evaluation = evaluate_file(_STORIES.value or "", limit=_NUM_STORIES.value, judge=judge)
+    else:
+        params, meta = restore_params(run, _STEP.value)
+        evaluation = evaluate_run(
+            params,
+            meta.tokenizer,
+            meta.config,
+            title=f"{run}, checkpoint of update {meta.update:,}",
+            update=meta.update,
+            fingerprints=(meta.train_fingerprint, meta.valid_fingerprint),
+            data_files=_DATA.value,
+            writing=Writing(_NUM_STORIES.value, _TEMPERATURE.value, _SEED.value),
+            judge=judge,
+        )
+    print(format_text(evaluation))
+    if run is not None:
+        write_evaluation(evaluation, run)
+    if _JSON.value:
+        write_json(evaluation, Path(_JSON.value))
+
+
+if __name__ == "__main__":
+    cli.run(main)

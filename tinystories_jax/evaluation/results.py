@@ -1,0 +1,143 @@
+"""What an evaluation found: figures beside those of real stories, criteria of success, and how they are written."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tinystories_jax.evaluation.bootstrap import Interval
+
+_NONE = "–"
+_COLUMNS = ("score", "unit", "this model", "95 % interval", "real stories", "95 % interval")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure with its 95 % interval, and the same figure of held-out real stories; None is unknown."""
+
+    name: str
+    unit: str
+    value: float | None
+    interval: tuple[float, float] | None = None
+    real: float | None = None
+    real_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One of the recipe's criteria of success, and the figure that decided it; None is unknown."""
+
+    name: str
+    passed: bool | None
+    figure: str
+
+    @property
+    def verdict(self) -> str:
+        return "unknown" if self.passed is None else "PASS" if self.passed else "FAIL"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a model, or of any stories.
+
+    title: what was scored, in one line. figures: everything measured, by name, as JSON can hold it but for nan.
+    notes: how it was measured, and what could not be. examples: a few of the stories, unedited.
+    """
+
+    title: str
+    figures: dict[str, Any]
+    scores: tuple[Score, ...]
+    criteria: tuple[Criterion, ...]
+    notes: tuple[str, ...]
+    examples: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what evaluation.json holds; nan becomes None."""
+        lists = {name: list(map(asdict, getattr(self, name))) for name in ("scores", "criteria")}
+        return _without_nan({"title": self.title, **self.figures, **lists, "notes": self.notes})
+
+
+def format_text(evaluation: Evaluation) -> str:
+    """Returns the evaluation for a terminal; the criteria come last."""
+    rows = [_COLUMNS, *map(_cells, evaluation.scores)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    criteria = [f"{item.verdict:<7}  {item.name}: {item.figure}" for item in evaluation.criteria]
+    return "\n".join([evaluation.title, "", *table, "", *evaluation.notes, "", *criteria])
+
+
+def format_markdown(evaluation: Evaluation) -> str:
+    """Returns the evaluation as a Markdown page."""
+    criteria = [(item.name, item.figure, item.verdict) for item in evaluation.criteria]
+    parts = [
+        f"# {evaluation.title}",
+        _markdown_table(("criterion", "figure", "verdict"), criteria),
+        _markdown_table(_COLUMNS, [_cells(score) for score in evaluation.scores]),
+        "\n".join(f"- {note}" for note in evaluation.notes),
+    ]
+    if evaluation.examples:
+        parts += ["## Stories", "The first ones, unedited."]
+        # As blocks of code: a story is no Markdown.
+        parts += ["\n".join(f"    {line}" for line in story.splitlines()) for story in evaluation.examples]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_evaluation(evaluation: Evaluation, run: Path) -> None:
+    """Writes evaluation.json and evaluation.md into `run`, each at once or not at all."""
+    write_json(evaluation, run / "evaluation.json")
+    _write(run / "evaluation.md", format_markdown(evaluation))
+
+
+def write_json(evaluation: Evaluation, path: Path) -> None:
+    """Writes what evaluation.json holds to `path`, at once or not at all."""
+    _write(path, json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def format_figure(value: float | None) -> str:
+    """Returns a count as it is, another figure with four significant digits, and a dash where there is none."""
+    if value is None or math.isnan(value):
+        return _NONE
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:#.4g}".rstrip(".")
+
+
+def format_interval(interval: tuple[float, float] | None) -> str:
+    """Returns "low to high", and nothing where there is no interval."""
+    if interval is None or math.isnan(interval[0]):
+        return ""
+    return f"{format_figure(interval[0])} to {format_figure(interval[1])}"
+
+
+def _cells(score: Score) -> tuple[str, ...]:
+    of_real = format_figure(score.real), format_interval(score.real_interval)
+    return score.name, score.unit, format_figure(score.value), format_interval(score.interval), *of_real
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_without_nan(item) for item in value]
+        return None if isinstance(value, Interval) and None in items else items
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    # A story may hold half of a character, which UTF-8 cannot.
+    content = text.encode("utf-8", errors="replace")
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout, a pipe: not to be replaced by a file
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
