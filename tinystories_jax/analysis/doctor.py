@@ -148,7 +148,7 @@ def _plan_data_checks(config: Config, found: PreparedData | UserError | None) ->
 
 def _plan_checkpoint(data: PreparedData | None, checkpoint: Path | None, why_no_data: str) -> _Planned:
     if checkpoint is None:
-        return _Planned("checkpoint", lambda: skip("checkpoint", ""), missing="none given; --checkpoint=RUN checks one")
+        return _Planned("checkpoint", lambda: skip("checkpoint", "none given; --checkpoint=RUN checks one"))
     return _Planned("checkpoint", lambda: check_checkpoint(data, checkpoint, why_no_data))
 
 

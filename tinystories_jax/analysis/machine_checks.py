@@ -15,8 +15,7 @@ from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
 from tinystories_jax.evaluation.validation import validate
-from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training.checkpoint import max_checkpoints, restore_params
+from tinystories_jax.training.checkpoint import checkpoint_bytes, max_checkpoints, restore_params
 from tinystories_jax.training.jsonl import read_jsonl
 from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
 
@@ -83,8 +82,8 @@ def _nvidia_driver() -> int | None:
 
 
 def _disk_needed(config: Config) -> int:
-    """Returns the bytes of the checkpoints a run can end with: parameters, two moments and the gradients' sum."""
-    return num_params(config.model) * 4 * 4 * max_checkpoints(config) + _MARGIN_BYTES
+    """Returns the bytes of the checkpoints that a run can end with, and of what it writes beside them."""
+    return checkpoint_bytes(config) * max_checkpoints(config) + _MARGIN_BYTES
 
 
 def _nearest_folder(workdir: Path) -> Path:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinystories_jax.config import Config, ModelConfig, Schedule
+from tinystories_jax.config import Config, Schedule
 from tinystories_jax.evaluation.validation import eval_step
 from tinystories_jax.model import transformer
 from tinystories_jax.training import optim, steps
@@ -87,14 +87,10 @@ def jit_forward(config: Config) -> Any:
     return jax.jit(functools.partial(transformer.forward, config=config.model))
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def fresh_params(config: Config) -> transformer.Params:
     """Returns the parameters that a run of `config` starts from, at full size."""
-    return _init(jax.random.key(config.seed), config=config.model)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _init(key: jax.Array, *, config: ModelConfig) -> transformer.Params:
-    return transformer.init_params(config, key)
+    return steps.init_state(config, optim.make_optimizer(config)).params
 
 
 def sharpen(params: transformer.Params) -> transformer.Params:

@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from tinystories_jax.config import Config, from_dict, to_dict
 from tinystories_jax.data.tokenizer import StoryTokenizer, parse_tokenizer
 from tinystories_jax.errors import UserError
-from tinystories_jax.model.transformer import Params, init_params
+from tinystories_jax.model.transformer import Params, init_params, num_params
 from tinystories_jax.training.steps import TrainState
 
 _ITEMS = ("params", "training", "meta")
@@ -159,6 +159,11 @@ class Checkpoints:
         )
         meta = Meta.from_json(items["meta"], str(self.folder / str(update)))
         return TrainState(items["training"]["micro_step"], items["params"], items["training"]["opt_state"]), meta
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Returns the size of one checkpoint: parameters, AdamW's two moments and the sum of gradients, all float32."""
+    return num_params(config.model) * 4 * 4
 
 
 def max_checkpoints(config: Config) -> int:

@@ -33,7 +33,7 @@ from tinystories_jax.evaluation.samples import check_prompts, write_stories
 from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params, num_params, uses_flash_attention
-from tinystories_jax.training.checkpoint import Checkpoints, Meta, has_checkpoint, max_checkpoints
+from tinystories_jax.training.checkpoint import Checkpoints, Meta, checkpoint_bytes, has_checkpoint, max_checkpoints
 from tinystories_jax.training.environment import recorded_start
 from tinystories_jax.training.jsonl import append_jsonl
 from tinystories_jax.training.metrics import (
@@ -214,8 +214,7 @@ def _announce(config: Config, workdir: Path) -> None:
     assert schedule is not None
     tokens_per_update = schedule.blocks_per_update * config.data.sequence_length
     attention = "cuDNN flash" if uses_flash_attention(config.model, device) else "plain, by blocks of queries"
-    # Parameters, AdamW's two moments and the sum of gradients, all float32.
-    checkpoint_megabytes = num_params(config.model) * 4 * 4 / 1e6
+    checkpoint_megabytes = checkpoint_bytes(config) / 1e6
     lines = [
         f"run       {workdir}",
         f"device    {device.device_kind}, attention: {attention}",
