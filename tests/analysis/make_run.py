@@ -75,13 +75,18 @@ def _make_row(update: int, loss: float, rng: random.Random, *, seconds: bool) ->
 
 
 def write_evaluation(
-    folder: Path, *, articles: tuple[float, float, float], grammar: tuple[float, float, float]
+    folder: Path,
+    *,
+    articles: tuple[float, float, float],
+    grammar: tuple[float, float, float],
+    temperature: float = 1.0,
 ) -> None:
     """Writes an evaluation.json; each figure is a value and its interval."""
     score = {"name": "grammar", "unit": "of 10", "value": grammar[0], "interval": grammar[1:]}
     values = {
         "checkpoint_update": NUM_UPDATES,
         "num_stories": 200,
+        "temperature": temperature,
         "scores": [{**score, "real": 9.25, "real_interval": [9.1, 9.4]}],
         "criteria": [
             {"name": "validation loss < 2.0", "passed": False, "figure": "2.768"},

@@ -173,12 +173,15 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path):
         make_run(tmp_path / "c", seed=2, eval__max_batches=3),
         make_run(tmp_path / "d", seed=3, data__source="files", data__train_files="t", data__valid_files="v"),
     ]
+    write_evaluation(runs[0], articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0))
+    write_evaluation(runs[1], articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0), temperature=0.8)
     metrics = runs[3] / "metrics.jsonl"
     metrics.write_text(re.sub(r'("valid/bits_per_byte": )', r"\g<1>1", metrics.read_text()))
     doubts = " ".join(compare(runs).doubts)
     for words in (
         *("b has 10 of 20 updates", "eval.max_batches differs", "name different validation stories"),
         "d was validated on other stories than a",
+        "for other runs: 200 stories at temperature 0.8; 200 stories at temperature 1.0.",
     ):
         assert words in doubts
 

@@ -136,7 +136,7 @@ def _scores(run: RunFiles) -> str:
     ]
     units = [f'<span class="unit">{escape(score.unit)}</span>' for score in found.scores]
     rows = [(name, unit, *rest) for (name, *rest), unit in zip(scores, units, strict=True)]
-    columns = ("score", "unit", "this model", "95 % interval", "real stories", "95 % interval")
+    columns = ("score", "unit", "value", "95 % interval", "real stories", "95 % interval")
     return section(
         "Scores",
         table(("criterion", "figure", ""), criteria) if criteria else "",

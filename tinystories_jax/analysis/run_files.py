@@ -22,6 +22,7 @@ class StoredEvaluation:
 
     update: int | None
     num_stories: int | None
+    temperature: float | None
     scores: tuple[Score, ...]
     criteria: tuple[Criterion, ...]
     grammar: Score
@@ -144,8 +145,9 @@ def _read_evaluation(path: Path, problems: list[str]) -> StoredEvaluation | None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return StoredEvaluation(
-            update=values.get("checkpoint_update"),
-            num_stories=values.get("num_stories"),
+            update=_count(values, "checkpoint_update"),
+            num_stories=_count(values, "num_stories"),
+            temperature=number(values, "temperature"),
             scores=tuple(_score(score) for score in values.get("scores") or ()),
             criteria=tuple(
                 Criterion(str(criterion["name"]), _passed(criterion["passed"]), str(criterion["figure"]))
@@ -157,6 +159,11 @@ def _read_evaluation(path: Path, problems: list[str]) -> StoredEvaluation | None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         problems.append(f"{path.name}: cannot be read as scores ({type(error).__name__}: {error})")
         return None
+
+
+def _count(values: dict[str, Any], key: str) -> int | None:
+    value = number(values, key)
+    return None if value is None else int(value)
 
 
 def _score(values: dict[str, Any]) -> Score:

@@ -96,6 +96,8 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
         doubts.append("eval.max_batches differs: validation figures come from different parts of the split.")
     if len({_valid_source(run.config) for run in runs}) > 1:
         doubts.append("The runs name different validation stories; their scores compare only if these are the same.")
+    if len(writings := {_writing(run) for run in runs if run.evaluation is not None}) > 1:
+        doubts.append(f"evaluate.py had other stories written for other runs: {'; '.join(sorted(writings))}.")
     reference = bytes_per_token(runs[0])
     for run in runs[1:]:
         ratio = bytes_per_token(run)
@@ -104,6 +106,12 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
         if not math.isclose(ratio, reference, rel_tol=1e-6):
             doubts.append(f"{run.name} was validated on other stories than {runs[0].name}: scores do not compare.")
     return doubts
+
+
+def _writing(run: RunFiles) -> str:
+    """Returns how many stories evaluate.py had the run write, and how; their scores compare only where this agrees."""
+    assert run.evaluation is not None
+    return f"{run.evaluation.num_stories} stories at temperature {run.evaluation.temperature}"
 
 
 def _valid_source(config: Config) -> tuple[str, ...]:

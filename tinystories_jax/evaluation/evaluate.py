@@ -83,14 +83,7 @@ def evaluate_run(
         judge=_judge([(story.prompt, story.text) for story in stories], judge, log),
         **_measure_copies(stories, tokenizer, train, valid),
     )
-    notes = [
-        f"stories: from {len(read_prompts())} prompts in turn, temperature {writing.temperature:g}, seed "
-        f"{writing.seed}, up to {context_length} tokens, as they were written"
-    ]
-    if config.data.source == "sample":
-        notes.append("the model was trained on the bundled sample, which this project made up: it is not TinyStories")
-    if train is None:
-        notes.append(f"copies: not looked for, no training cache in data.cache_dir={config.data.cache_dir}")
+    notes = _describe_writing(writing, config, has_train_cache=train is not None)
     figures = {"checkpoint_update": update, **asdict(writing)}
     return _put_together(title, measured, notes, figures, examples=texts[:_NUM_EXAMPLES])
 
@@ -208,6 +201,18 @@ def _put_together(
         notes=(*notes, *_describe_text(measured.text), *_describe_judge(measured.judge)),
         examples=tuple(examples),
     )
+
+
+def _describe_writing(writing: Writing, config: Config, *, has_train_cache: bool) -> list[str]:
+    notes = [
+        f"stories: from {len(read_prompts())} prompts in turn, temperature {writing.temperature:g}, seed "
+        f"{writing.seed}, up to {config.data.sequence_length} tokens, as they were written"
+    ]
+    if config.data.source == "sample":
+        notes.append("the model was trained on the bundled sample, which this project made up: it is not TinyStories")
+    if not has_train_cache:
+        notes.append(f"copies: not looked for, no training cache in data.cache_dir={config.data.cache_dir}")
+    return notes
 
 
 def _describe_text(text: TextScores) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from tinystories_jax.evaluation.bootstrap import Interval
 
 _NONE = "–"
-_COLUMNS = ("score", "unit", "this model", "95 % interval", "real stories", "95 % interval")
+_COLUMNS = ("score", "unit", "value", "95 % interval", "real stories", "95 % interval")
 
 
 @dataclass(frozen=True)
