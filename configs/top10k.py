@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
                 "keep": 2,  # latest checkpoints kept
             },
             "sample": {
-                "prompts": ("Once upon a time there was", "One day, a little girl", "Tom had a"),  # one story each
+                "prompts": ("Once upon a time there was", "One day, a little girl", "Tom had a"),  # four stories each
                 "max_new_tokens": 256,  # per sampled story
                 "temperature": 0.8,  # 0 is greedy
             },
