@@ -229,7 +229,8 @@ def test_scores_are_shown_beside_those_of_real_stories(tmp_path):
     page = read_report(run)
     for words in ("6.910", "6.600 to 7.200", "9.250", "9.100 to 9.400", "PASS", "FAIL", "200 stories"):
         assert words in page.text
-    assert "scripts/evaluate.py" not in page.text
+    assert "200 stories of the checkpoint of update 20, temperature 1" in page.text
+    assert "This command measures" not in page.text
 
 
 def test_many_evaluations_are_thinned_and_the_best_stays(tmp_path):

@@ -11,7 +11,11 @@ _NONE = "–"
 
 
 def show_emergence(run: RunFiles) -> str:
-    note = "At each evaluation: the figures, and the story for the first prompt, its articles underlined."
+    note = (
+        "At each evaluation: the figures, and the story for the first prompt, its articles underlined. Articles "
+        f"written and grammar are those of a few stories at temperature {run.config.sample.temperature:g}; "
+        "scripts/evaluate.py takes more of them, at temperature 1, and is harder to please."
+    )
     if not run.evaluations:
         return section("Emergence", paragraph("No evaluation yet."))
     moments = _choose_moments(run)

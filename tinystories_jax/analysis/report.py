@@ -124,7 +124,8 @@ def _scores(run: RunFiles) -> str:
         return section("Scores", paragraph("Not measured yet, or not readable. This command measures:"), code(command))
     counted = "" if found.num_stories is None else f"{found.num_stories:,} stories "
     at = "" if found.update is None else f"of the checkpoint of update {found.update:,}"
-    note = f"{counted}{at}".strip().capitalize()
+    how = "" if found.temperature is None else f", temperature {found.temperature:g}"
+    note = f"{counted}{at}{how}".strip().capitalize()
     colours = {True: "good", False: "bad", None: ""}
     criteria = [
         (escape(item.name), escape(item.figure), f'<span class="{colours[item.passed]}">{item.verdict}</span>')
