@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -26,7 +27,7 @@ from tinystories_jax.evaluation.bootstrap import Interval
 from tinystories_jax.evaluation.calibration import spoil
 from tinystories_jax.evaluation.copies import CopyScores
 from tinystories_jax.evaluation.evaluate import evaluate_texts, read_prompts, read_texts
-from tinystories_jax.evaluation.grammar import real_scores
+from tinystories_jax.evaluation.grammar import real_scores, score_stories
 from tinystories_jax.evaluation.judge import JudgeScores
 from tinystories_jax.evaluation.results import (
     Evaluation,
@@ -88,6 +89,25 @@ def test_articles_must_reach_the_interval_of_real_stories_whatever_their_own():
         assert verdicts(measure(articles=share, articles_interval=Interval(0.5, 1.0)))[1] == verdict
 
 
+def test_articles_everywhere_do_not_pass():
+    real = real_scores().articles_actual_to_expected
+    ratios = {0.5 * real: "PASS", 1.0999 * real: "PASS", 1.1001 * real: "FAIL", math.nan: "unknown"}
+    for ratio, verdict in ratios.items():
+        assert verdicts(measure(articles=1.0, articles_actual_to_expected=ratio))[1] == verdict
+
+
+def test_articles_before_names_do_not_pass(tinystories_data):
+    names = r"\b(Lily|Tim|Timmy|Tom|Sue|Ben|Max|Sam|Mia|Anna|Lucy|Jack|Sara|Mom|Dad)\b"
+    real = read_texts(str(tinystories_data / "valid.txt"), 60)
+    spoiled = [re.sub(names, r"the \1", text) for text in real]
+    verdict = {}
+    for name, texts in (("real", real), ("spoiled", spoiled)):
+        text = score_stories(texts, check_grammar=False)
+        assert text.articles >= real_scores().articles_interval.low
+        verdict[name] = verdicts(dataclasses.replace(measure(), text=text))[1]
+    assert verdict == {"real": "PASS", "spoiled": "FAIL"}
+
+
 def test_grammar_must_reach_eight():
     assert [verdicts(measure(grammar=grammar))[2] for grammar in (7.99, 8.0, math.nan)] == ["FAIL", "PASS", "unknown"]
 
@@ -95,7 +115,8 @@ def test_grammar_must_reach_eight():
 def test_what_decides_stands_beside_the_verdict():
     loss, articles, grammar = list_criteria(measure(articles=0.9, articles_interval=Interval(0.85, 0.95)))
     assert loss.figure == "1.900 nats per token, on x.txt"
-    assert articles.figure == "0.9000 (0.8500 to 0.9500)"
+    ratio = format_figure(real_scores().articles_actual_to_expected)
+    assert articles.figure == f"0.9000 (0.8500 to 0.9500); actual to expected {ratio}"
     assert grammar.figure.startswith("9.9")
     unknown = dataclasses.replace(measure(grammar=math.nan), loss=None, loss_on="no cache; give --data FILE")
     assert [item.figure for item in list_criteria(unknown)][::2] == ["no cache; give --data FILE", "not measured"]
