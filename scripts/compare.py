@@ -21,11 +21,12 @@ def main(*runs: str) -> None:
     from tinystories_jax.analysis.compare_output import to_markdown, to_text, write_comparison_page
 
     comparison = compare([Path(run) for run in runs])
-    print(to_text(comparison))
     folder = Path(_OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.md").write_text(to_markdown(comparison), encoding="utf-8", errors="replace")
     page = write_comparison_page(comparison, folder / "compare.html")
+    # After writing: what a terminal cannot show is not lost.
+    print(to_text(comparison))
     print(f"\nwritten: {folder / 'compare.md'}, {page}")
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from absl import flags
 
 from tinystories_jax import cli
+from tinystories_jax.data.files import find_files
 from tinystories_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train.py's --workdir.")
 _STORIES = flags.DEFINE_string("stories", None, "Instead of --checkpoint: a file of stories to score.")
 _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
-_NUM_STORIES = flags.DEFINE_integer("num_stories", 200, "To write, or to read of --stories.", lower_bound=1)
+_NUM_STORIES = flags.DEFINE_integer("num_stories", 200, "To write, or to read of --stories.", 1, 100_000)
 _DATA = flags.DEFINE_string("data", "", "File to measure the loss on, instead of the run's validation split.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of writing; 1 is the model's own distribution, 0 is greedy.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same stories.", lower_bound=0, upper_bound=2**31 - 1)
@@ -31,6 +32,7 @@ def main() -> None:
         raise UserError("give either --checkpoint=RUN or --stories=FILE, one of them; see --help")
     if _STORIES.value and _DATA.value:
         raise UserError(f"--data={_DATA.value}: a loss needs a model; give --checkpoint instead of --stories")
+    _check_output(_JSON.value, _STORIES.value or _DATA.value)
     from tinystories_jax.evaluation.evaluate import Writing, evaluate_file, evaluate_run
     from tinystories_jax.evaluation.judge import read_judge
     from tinystories_jax.evaluation.results import format_text, write_evaluation, write_json
@@ -53,11 +55,20 @@ def main() -> None:
             writing=Writing(_NUM_STORIES.value, _TEMPERATURE.value, _SEED.value),
             judge=judge,
         )
-    print(format_text(evaluation))
+    # Written before it is shown: what a terminal cannot show is not lost.
     if run is not None:
         write_evaluation(evaluation, run)
     if _JSON.value:
         write_json(evaluation, Path(_JSON.value))
+    print(format_text(evaluation))
+
+
+def _check_output(output: str, source: str) -> None:
+    """Raises `UserError` now, and not after minutes, where the figures could not be written or would be read again."""
+    if output and not Path(output).parent.is_dir():
+        raise UserError(f"--json={output}: the folder {Path(output).parent} does not exist; make it, or name another")
+    if output and source and Path(output).is_file() and any(Path(output).samefile(path) for path in find_files(source)):
+        raise UserError(f"--json={output} is the file that is read; name another one")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A comparison says that sides differ only where the difference is larger than the noise."""
 
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -184,6 +185,37 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path):
         "for other runs: 200 stories at temperature 0.8; 200 stories at temperature 1.0.",
     ):
         assert words in doubts
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("grammar_interval", [9.0, 7.0]),
+        ("grammar_interval", [None, 9.0]),
+        ("grammar_interval", "12"),
+        ("grammar_interval", [10**400, 10**401]),
+        ("criteria", [{"name": "loss", "passed": "FAIL", "figure": "3"}]),
+        ("scores", [{"name": "grammar", "interval": [math.nan, math.nan]}]),
+    ],
+)
+def test_scores_that_nobody_measured_are_no_scores(tmp_path, key, value):
+    run = make_run(tmp_path / "run")
+    write_evaluation(run, articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0))
+    path = run / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    comparison = compare([run, make_run(tmp_path / "other", seed=1)])
+    assert "run: evaluation.json: cannot be read as scores" in " ".join(comparison.doubts)
+    assert "grammar of 10, evaluate.py" not in [row.name for row in comparison.rows]
+    assert comparison.conclusion.endswith("Read it with the doubts beside it.")
+
+
+def test_scores_of_another_checkpoint_than_the_best_are_doubtful(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_evaluation(run, articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0))
+    path = run / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint_update": 5}))
+    doubts = compare([run, make_run(tmp_path / "other", seed=1)]).doubts
+    assert doubts == ("run was scored by evaluate.py at update 5, its best is 20.",)
 
 
 def test_all_that_is_no_run_is_refused_at_once(tmp_path):

@@ -105,6 +105,7 @@ def test_the_figures_are_those_of_the_runs():
     scores = score_copies(np.array([0, 0, 30, 31, 100, 16]))
     assert scores.num_stories == 6
     assert scores.near_copies == pytest.approx(2 / 6)
-    assert scores.near_copies_interval.low < 2 / 6 < scores.near_copies_interval.high
+    assert scores.near_copies_interval == pytest.approx((0.0968, 0.7000), abs=1e-4)
+    assert score_copies(np.zeros(200)).near_copies_interval == pytest.approx((0, 0.0188), abs=1e-4)
     assert (scores.median, scores.longest) == (16, 100)
     assert math.isnan(score_copies(np.array([], np.int64)).near_copies)

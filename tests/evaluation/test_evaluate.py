@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -91,7 +92,8 @@ def test_articles_must_reach_the_interval_of_real_stories_whatever_their_own():
 
 def test_articles_everywhere_do_not_pass():
     real = real_scores().articles_actual_to_expected
-    ratios = {0.5 * real: "PASS", 1.0999 * real: "PASS", 1.1001 * real: "FAIL", math.nan: "unknown"}
+    limits = {1.0999: "PASS", 1.1001: "FAIL", 1 / 1.0999: "PASS", 1 / 1.1001: "FAIL", math.nan: "unknown"}
+    ratios = {limit * real: verdict for limit, verdict in limits.items()}
     for ratio, verdict in ratios.items():
         assert verdicts(measure(articles=1.0, articles_actual_to_expected=ratio))[1] == verdict
 
@@ -110,6 +112,39 @@ def test_articles_before_names_do_not_pass(tinystories_data):
 
 def test_grammar_must_reach_eight():
     assert [verdicts(measure(grammar=grammar))[2] for grammar in (7.99, 8.0, math.nan)] == ["FAIL", "PASS", "unknown"]
+
+
+def test_one_faultless_sentence_over_and_over_does_not_pass():
+    assert [verdicts(measure(repetition=share))[2] for share in (0.05, 0.0501)] == ["PASS", "FAIL"]
+    text = score_stories(["Tom was happy. " * 80] * 60)
+    assert text.grammar >= 8
+    assert verdicts(dataclasses.replace(measure(), text=text))[1:] == ["FAIL", "FAIL"]
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"num_stories": 49}, "decided by 50 stories or more, not by 49"),
+        ({"words_per_story": 49.0}, "decided by stories of 50 words or more, not of 49"),
+        ({"words_per_story": math.nan}, "decided by stories of 50 words or more, not of nan"),
+    ],
+)
+def test_too_little_text_decides_nothing(figures, said):
+    assert verdicts(measure(**figures)) == ["PASS", "unknown", "unknown"]
+    assert all(said in criterion.figure for criterion in list_criteria(measure(**figures))[1:])
+
+
+def test_what_the_prompts_alone_score_decides_nothing():
+    text = score_stories(list(itertools.islice(itertools.cycle(read_prompts()), 200)), finished=[True] * 200)
+    assert text.grammar >= 8
+    assert verdicts(dataclasses.replace(measure(), text=text))[1:] == ["unknown", "unknown"]
+
+
+def test_another_temperature_stands_beside_the_verdict():
+    assert not any("temperature" in item.figure for item in list_criteria(measure()))
+    tame = dataclasses.replace(measure(), temperature=0.8)
+    said = "at temperature 0.8, where 1 has the scale of real stories"
+    assert [said in item.figure for item in list_criteria(tame)] == [False, True, True]
 
 
 def test_what_decides_stands_beside_the_verdict():
@@ -396,6 +431,7 @@ def test_real_stories_score_high_and_without_articles_low(tinystories_data, tmp_
         (["--checkpoint=x", "--num_stories=0"], "--num_stories=0"),
         (["--checkpoint=x", "--judge=openai:m"], "OPENAI_BASE_URL and OPENAI_API_KEY not set"),
         (["--checkpoint=x", "--judge=m"], "must be openai:MODEL"),
+        (["--stories=README.md", "--json=none/x.json"], "--json=none/x.json: the folder none does not exist"),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused_in_one_line(flags, said, monkeypatch):

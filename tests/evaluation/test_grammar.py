@@ -189,11 +189,11 @@ def test_distinct_words_do_not_sink_with_more_stories():
 
 
 def test_an_interval_holds_the_figure_and_narrows_with_more_stories():
-    few, many = score_stories([CLEAN, FAULTY] * 2), score_stories([CLEAN, FAULTY] * 40)
+    few, many = score_stories([CLEAN, FAULTY] * 10), score_stories([CLEAN, FAULTY] * 40)
     for name in ("grammar", "clean_sentences", "articles"):
         wide, narrow = getattr(few, f"{name}_interval"), getattr(many, f"{name}_interval")
         assert wide.low <= narrow.low < getattr(many, name) < narrow.high <= wide.high, name
-    assert math.isnan(score_stories([CLEAN]).grammar_interval.low)
+    assert math.isnan(score_stories([CLEAN, FAULTY] * 9 + [CLEAN]).grammar_interval.low)
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "cat"], ["!!! ..."]])

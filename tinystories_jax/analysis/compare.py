@@ -50,7 +50,11 @@ class Comparison:
 
     @property
     def conclusion(self) -> str:
-        """Returns the result in a sentence or two."""
+        """Returns the result in a few sentences."""
+        return self._result + " Read it with the doubts beside it." * bool(self.doubts)
+
+    @property
+    def _result(self) -> str:
         judged = [item for item in self.judgements if item.verdict is not None]
         found = [item for item in judged if item.verdict is not None and item.verdict.found]
         tested = [item for item in judged if item.verdict is not None and item.verdict.found is not None]

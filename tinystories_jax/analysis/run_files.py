@@ -1,7 +1,6 @@
 """Reads what a run has written so far, at any moment of it and without JAX."""
 
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -14,6 +13,8 @@ from tinystories_jax.evaluation.results import Criterion, Score
 from tinystories_jax.training.jsonl import read_jsonl
 
 Interval = tuple[float, float]
+
+_MOST = 1e30  # no figure of a run is larger; what is was not written by it
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class RunFiles:
 def number(row: dict[str, Any], key: str) -> float | None:
     """Returns a finite number, None where there is none."""
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MOST:
         return None
     return value
 
@@ -178,13 +179,18 @@ def _score(values: dict[str, Any]) -> Score:
 
 
 def _passed(value: Any) -> bool | None:
-    return None if value is None else bool(value)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"passed is {value!r:.20}, not true, false or null")
+    return value
 
 
 def _interval(values: Any) -> Interval | None:
     if values is None:
         return None
     low, high = values
+    limits = {"low": low, "high": high}
+    if None in (number(limits, "low"), number(limits, "high")) or low > high:
+        raise ValueError(f"{values!r:.50} is no interval")
     return float(low), float(high)
 
 

@@ -96,6 +96,14 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
         doubts.append("eval.max_batches differs: validation figures come from different parts of the split.")
     if len({_valid_source(run.config) for run in runs}) > 1:
         doubts.append("The runs name different validation stories; their scores compare only if these are the same.")
+    doubts += [
+        f"{run.name} was scored by evaluate.py at update {run.evaluation.update:,}, its best is {run.best['update']:,}."
+        for run in runs
+        if run.evaluation is not None
+        and run.evaluation.update is not None
+        and run.best is not None
+        and run.evaluation.update != run.best["update"]
+    ]
     if len(writings := {_writing(run) for run in runs if run.evaluation is not None}) > 1:
         doubts.append(f"evaluate.py had other stories written for other runs: {'; '.join(sorted(writings))}.")
     reference = bytes_per_token(runs[0])

@@ -6,6 +6,7 @@ Also makes the reference that ships with the package. Nothing here is needed to 
 import dataclasses
 import hashlib
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -63,10 +64,15 @@ def halve(stories: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def make_reference(train: Sequence[str], measured: Sequence[str], source: dict[str, dict[str, Any]]) -> Reference:
-    """Returns the reference: articles counted on `train`, the faults of real stories measured on `measured`."""
+    """Returns the reference: articles counted on `train`, the faults of real stories measured on `measured`.
+
+    Raises `UserError` where there is nothing to measure.
+    """
     articles = count_articles(split_sentences(normalise(story), finished=True) for story in train)
     reference = Reference(source, articles, real_faults_per_100_words=0.0)
     scores = score_stories(measured, finished=[True] * len(measured), reference=reference)
+    if math.isnan(scores.articles + scores.faults_per_100_words):
+        raise UserError("the held-out stories leave a score undefined; give more, or English ones")
     return dataclasses.replace(reference, real_faults_per_100_words=scores.faults_per_100_words)
 
 

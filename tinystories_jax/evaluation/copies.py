@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinystories_jax.evaluation.bootstrap import Interval, mean_interval
+from tinystories_jax.evaluation.bootstrap import Interval, share_interval
 
 SEED_LENGTH = 16  # a power of two
 NEAR_COPY = 30
@@ -44,7 +44,9 @@ def score_copies(runs: np.ndarray) -> CopyScores:
         return CopyScores(0, math.nan, Interval(math.nan, math.nan), 0, 0)
     above = runs > NEAR_COPY
     median = np.sort(runs)[(len(runs) - 1) // 2]
-    return CopyScores(len(runs), float(above.mean()), mean_interval(above), int(median), int(runs.max()))
+    return CopyScores(
+        len(runs), float(above.mean()), share_interval(int(above.sum()), len(runs)), int(median), int(runs.max())
+    )
 
 
 def longest_runs(

@@ -6,6 +6,7 @@ A checkpoint comes in, an `Evaluation` goes out; nothing here reads or writes a 
 import importlib.resources
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -65,14 +66,16 @@ def evaluate_run(
     fingerprints: of the run's training and validation cache. data_files: comma-separated paths or globs, on whose
     stories the loss is measured; empty for the validation cache.
     """
+    sampling = Sampling(temperature=writing.temperature)
     prompts = list(itertools.islice(itertools.cycle(read_prompts()), writing.num_stories))
     context_length = config.data.sequence_length
     check_prompts(tokenizer, sorted(set(prompts)), context_length)
     splits = zip(("train", "validation"), fingerprints, strict=True)
     train, valid = (find_cache(config.data, split, fingerprint) for split, fingerprint in splits)
     loss, loss_on = _measure_loss(params, tokenizer, config, valid, data_files, log)
+    if loss is not None and not math.isfinite(loss.loss):
+        raise UserError(f"{title}: its loss on {loss_on} is {loss.loss}; take another checkpoint with --step")
     log(f"writing {len(prompts):,} stories")
-    sampling = Sampling(temperature=writing.temperature)
     limits = {"seed": writing.seed, "max_new_tokens": context_length}
     stories = write_stories(params, tokenizer, config, prompts, sampling, **limits)
     texts = [story.text for story in stories]
@@ -81,6 +84,7 @@ def evaluate_run(
         loss=loss,
         loss_on=loss_on,
         judge=_judge([(story.prompt, story.text) for story in stories], judge, log),
+        temperature=writing.temperature,
         **_measure_copies(stories, tokenizer, train, valid),
     )
     notes = _describe_writing(writing, config, has_train_cache=train is not None)

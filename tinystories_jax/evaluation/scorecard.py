@@ -1,5 +1,6 @@
 """What was measured of a model or of stories, as rows of a table, as criteria of success, and as figures by name."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,9 +13,14 @@ from tinystories_jax.evaluation.validation import ValidationScores
 
 LOSS_BELOW = 2.0
 GRAMMAR_AT_LEAST = 8.0
-# A model taught to write articles everywhere fills every gap that needs one. "the" before 15 common names makes the
-# ratio of actual to expected articles 1.2 times that of real stories.
-ARTICLES_RATIO_AT_MOST = 1.1  # times that of real stories
+# Scores can be won by what is no story. Too little text, or none but the prompts: nothing is decided.
+STORIES_AT_LEAST = 50
+WORDS_PER_STORY_AT_LEAST = 50  # a third of real stories
+# Articles everywhere fill every gap that needs one; junk has neither. Times the ratio of real stories, either way:
+# "the" before 15 common names makes 1.2.
+ARTICLES_RATIO = 1.1
+# One faultless sentence over and over. Real stories repeat .01 of their 4-grams.
+REPETITION_AT_MOST = 0.05
 
 _TEXT_ROWS = (
     ("grammar", "of 10", "grammar"),
@@ -37,6 +43,7 @@ class Measured:
     """The parts of an evaluation; None is not measured.
 
     loss_on: the text that the loss was measured on, or why it was not. real_copies: those of validation stories.
+    temperature: of the writing, None where nobody knows.
     """
 
     text: TextScores
@@ -45,6 +52,7 @@ class Measured:
     copies: CopyScores | None = None
     real_copies: CopyScores | None = None
     judge: JudgeScores | None = None
+    temperature: float | None = None
 
 
 def list_scores(measured: Measured) -> tuple[Score, ...]:
@@ -75,43 +83,68 @@ def list_figures(measured: Measured) -> dict[str, Any]:
 
 
 def list_criteria(measured: Measured) -> tuple[Criterion, ...]:
-    """Returns the recipe's criteria of success, each with the figure that decides it.
+    """Returns the recipe's criteria of success, each with the figures that decide it.
 
-    The figure itself decides, not its interval: too few stories must not help.
+    The figures themselves decide, not their intervals: fewer stories must not help.
     """
-    text, loss, real = measured.text, measured.loss, real_scores()
-    articles_at_least = real.articles_interval.low
-    ratio, ratio_at_most = text.articles_actual_to_expected, ARTICLES_RATIO_AT_MOST * real.articles_actual_to_expected
-    there, not_everywhere = _compare(text.articles, articles_at_least), _compare(ratio_at_most, ratio)
-    return (
-        Criterion(
-            f"validation loss < {LOSS_BELOW}",
-            None if loss is None else loss.loss < LOSS_BELOW,
-            measured.loss_on if loss is None else f"{format_figure(loss.loss)} nats per token, on {measured.loss_on}",
-        ),
-        Criterion(
-            f"articles where needed as in real stories, at least {format_figure(articles_at_least)}, "
-            f"and not everywhere, actual to expected at most {format_figure(ratio_at_most)}",
-            None if there is None or not_everywhere is None else there and not_everywhere,
-            f"{_with_interval(text.articles, text.articles_interval)}; actual to expected {format_figure(ratio)}",
-        ),
-        Criterion(
-            f"grammar at least {GRAMMAR_AT_LEAST:g} of 10",
-            _compare(text.grammar, GRAMMAR_AT_LEAST),
-            _with_interval(text.grammar, text.grammar_interval),
-        ),
+    return _loss_criterion(measured), _articles_criterion(measured), _grammar_criterion(measured)
+
+
+def _loss_criterion(measured: Measured) -> Criterion:
+    loss, name = measured.loss, f"validation loss < {LOSS_BELOW}"
+    if loss is None:
+        return Criterion(name, None, measured.loss_on)
+    return Criterion(name, loss.loss < LOSS_BELOW, f"{format_figure(loss.loss)} nats per token, on {measured.loss_on}")
+
+
+def _articles_criterion(measured: Measured) -> Criterion:
+    text, real = measured.text, real_scores()
+    ratio, of_real, low = text.articles_actual_to_expected, real.articles_actual_to_expected, real.articles_interval.low
+    between = of_real / ARTICLES_RATIO, of_real * ARTICLES_RATIO
+    return Criterion(
+        f"articles where needed as in real stories, at least {format_figure(low)}, and not everywhere, actual to "
+        f"expected {format_interval(between)}",
+        _decide(measured, (text.articles, ratio), text.articles >= low and between[0] <= ratio <= between[1]),
+        f"{_with_interval(text.articles, text.articles_interval)}; actual to expected {format_figure(ratio)}"
+        + _doubt(measured),
     )
 
 
-def _compare(value: float, at_least: float) -> bool | None:
-    return None if value != value or at_least != at_least else value >= at_least
+def _grammar_criterion(measured: Measured) -> Criterion:
+    text = measured.text
+    passed = text.grammar >= GRAMMAR_AT_LEAST and text.repetition <= REPETITION_AT_MOST
+    return Criterion(
+        f"grammar at least {GRAMMAR_AT_LEAST:g} of 10, with at most {REPETITION_AT_MOST:g} of the 4-grams met before",
+        _decide(measured, (text.grammar, text.repetition), passed),
+        f"{_with_interval(text.grammar, text.grammar_interval)}; {format_figure(text.repetition)} met before"
+        + _doubt(measured),
+    )
+
+
+def _decide(measured: Measured, figures: tuple[float, ...], passed: bool) -> bool | None:
+    return None if _too_little(measured.text) or any(map(math.isnan, figures)) else passed
+
+
+def _too_little(text: TextScores) -> str:
+    if text.num_stories < STORIES_AT_LEAST:
+        return f"decided by {STORIES_AT_LEAST} stories or more, not by {text.num_stories}"
+    if not text.words_per_story >= WORDS_PER_STORY_AT_LEAST:
+        return f"decided by stories of {WORDS_PER_STORY_AT_LEAST} words or more, not of {text.words_per_story:.0f}"
+    return ""
+
+
+def _doubt(measured: Measured) -> str:
+    """Returns what keeps the figure from being that of a model's own stories, to stand behind it."""
+    little, temperature = _too_little(measured.text), measured.temperature
+    tame = "" if temperature in (None, 1) else f"at temperature {temperature:g}, where 1 has the scale of real stories"
+    return "".join(f"; {doubt}" for doubt in (little, tame) if doubt)
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:
-    if value != value:
+    if math.isnan(value):
         return "not measured"
     between = format_interval(interval)
-    return f"{format_figure(value)} ({between or 'one story has no interval'})"
+    return f"{format_figure(value)} ({between or 'too few stories for an interval'})"
 
 
 def _loss_rows(loss: ValidationScores | None) -> Iterator[Score]:

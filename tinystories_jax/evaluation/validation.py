@@ -45,7 +45,7 @@ class ValidationScores:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # beyond what a float holds
 
 
 class EvalSums(NamedTuple):
