@@ -220,8 +220,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         schedule = Schedule(**{**stored, "epoch_ends": tuple(stored["epoch_ends"])})
         vocab_size = values["model"]["vocab_size"]
         for count in (*dataclasses.astuple(schedule)[:-1], *schedule.epoch_ends, vocab_size):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise ValueError(f"{count!r} is no count")
+            if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**53:
+                raise ValueError(f"{count!r:.50} is no count")
         if not (schedule.num_blocks and schedule.blocks_per_update and schedule.total_updates and vocab_size):
             raise ValueError("a count is 0")
     except (KeyError, TypeError, ValueError) as error:

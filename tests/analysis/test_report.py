@@ -234,7 +234,7 @@ def test_scores_are_shown_beside_those_of_real_stories(tmp_path):
 
 
 def test_many_evaluations_are_thinned_and_the_best_stays(tmp_path):
-    run = make_run(tmp_path / "run", num_updates=300)
+    run = make_run(tmp_path / "run", num_updates=300, train__max_updates=300)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows[84]["valid/loss"] = 0.5
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -249,3 +249,40 @@ def test_it_starts_no_jax(tmp_path):
     code = "import sys; from pathlib import Path; from tinystories_jax.analysis.report import write_report; "
     code += f"write_report(Path({str(run)!r})); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_rows_out_of_order_twice_over_or_of_no_update_are_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    strange = [{**rows[0], "update": update} for update in (0, -400, 10**6)]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in [*reversed(rows), rows[3], *strange]))
+    found = read_run(run)
+    assert found.rows == rows
+    assert found.problems == (
+        "metrics.jsonl: 3 rows of no update from 1 to 20 left out",
+        "metrics.jsonl: updates out of order or twice over; the last row of each is taken",
+    )
+    assert "Finished: 20 updates." in read_report(run).text
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "environment.json"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused(tmp_path, name, make):
+    run = make_run(tmp_path / "run")
+    (run / name).unlink(missing_ok=True)
+    make(run / name)
+    with pytest.raises(UserError, match=f"{name} is not a regular file; move it away"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("count", [-1, 10**400, "9", True])
+def test_a_config_of_absurd_counts_is_refused(tmp_path, count):
+    run = make_run(tmp_path / "run")
+    values = json.loads((run / "config.json").read_text())
+    values["model"]["vocab_size"] = count
+    (run / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"config\.json: cannot be read as a run's config"):
+        read_run(run)

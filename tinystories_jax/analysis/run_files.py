@@ -99,10 +99,17 @@ def number(row: dict[str, Any], key: str) -> float | None:
 
 def read_run(folder: Path) -> RunFiles:
     """Returns what stands in the run; raises `UserError` where `folder` is none or its config cannot be read."""
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "environment.json"):
+        if (folder / name).exists() and not (folder / name).is_file():  # reading a pipe would wait for ever
+            raise UserError(f"{folder / name} is not a regular file; move it away")
     config = _read_config(folder)
+    assert config.schedule is not None
     problems: list[str] = []
-    rows = _read_rows(folder / "metrics.jsonl", problems)
-    samples = _read_rows(folder / "samples.jsonl", problems)
+    rows = _read_rows(folder / "metrics.jsonl", config.schedule.total_updates, problems)
+    if (in_order := sorted({row["update"]: row for row in rows}.values(), key=lambda row: row["update"])) != rows:
+        problems.append("metrics.jsonl: updates out of order or twice over; the last row of each is taken")
+    rows = in_order
+    samples = _read_rows(folder / "samples.jsonl", config.schedule.total_updates, problems)
     written = [row for row in samples if isinstance(row.get("prompt"), str) and isinstance(row.get("text"), str)]
     if len(written) < len(samples):
         problems.append(f"samples.jsonl: {len(samples) - len(written)} rows without a prompt and a text left out")
@@ -131,13 +138,16 @@ def _read_config(folder: Path) -> Config:
         raise UserError(f"{path}: cannot be read as a run's config ({reason})") from error
 
 
-def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _read_rows(path: Path, total_updates: int, problems: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows, num_damaged = read_jsonl(path)
     if num_damaged:
         problems.append(f"{path.name}: {num_damaged} damaged line{'s' * (num_damaged > 1)} left out")
-    return rows
+    known = [row for row in rows if 1 <= row["update"] <= total_updates]
+    if len(known) < len(rows):
+        problems.append(f"{path.name}: {len(rows) - len(known)} rows of no update from 1 to {total_updates:,} left out")
+    return known
 
 
 def _read_evaluation(path: Path, problems: list[str]) -> StoredEvaluation | None:
