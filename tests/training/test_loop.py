@@ -124,7 +124,7 @@ def test_the_advice_for_out_of_memory_can_be_followed_in_the_same_workdir(config
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "ProgressLine", OutOfMemory)
-        with pytest.raises(UserError, match=r"=4; try --config.train.batch_size=2 .*grad_accum_steps=4"):
+        with pytest.raises(UserError, match=r"=4; this fits: --config.train.batch_size=2 .*grad_accum_steps=4,"):
             train_on(config, tmp_path)
     assert train_on(change(config, "train", batch_size=2, grad_accum_steps=4), tmp_path).update == 6
 
