@@ -318,15 +318,18 @@ def _say_shape(shape: tuple[str, tuple[int, ...]] | None) -> str:
 
 
 def _hush_orbax() -> None:
-    """Keeps silent about coroutines that orbax leaves behind when a read or a write fails, and about nothing else.
+    """Keeps silent about what reads and writes that failed leave behind in orbax and tensorstore, and nothing else.
 
-    Their exception has been raised to us; Python prints it once more when the coroutine is collected.
+    Their exception has been raised to us. Python says once more what it was when the coroutines of the others are
+    collected, and that their event loop is closed when tensorstore answers them.
     """
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)
-        if code is None or "orbax" not in Path(code.co_filename).parts:
+        of_coroutine = code is not None and "orbax" in Path(code.co_filename).parts
+        late = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        if not (of_coroutine or late):
             previous(unraisable)
 
     sys.unraisablehook = hook

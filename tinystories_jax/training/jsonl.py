@@ -67,22 +67,24 @@ class JsonLines:
         """Returns what the file holds up to `state`, mended if it must be."""
         data, reason = b"", "is not what was written"
         try:
-            data = self.path.read_bytes()[: state.num_bytes]
+            data = self.path.read_bytes()
         except FileNotFoundError:
             reason = "is missing"
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
-        if xxhash.xxh3_128_hexdigest(data) == state.xxh3_128:
-            return data
+        until_then = data[: state.num_bytes]
+        if xxhash.xxh3_128_hexdigest(until_then) == state.xxh3_128:
+            return until_then
         if 0 < len(data) < state.num_bytes:
             reason = f"has {len(data):,} bytes, of {state.num_bytes:,} that were written"
         rows = _rows_to_keep(data, updates, once)
-        if self.path.exists():
+        # A file that was mended at an earlier restart is as it should be until the next checkpoint knows of it.
+        if (mended := _encode(rows)) != data and self.path.exists():
             reason += f", kept as {set_aside(self.path)}"
         lost = sorted(set(updates) - {row["update"] for row in rows})
         gone = f"no rows are left of updates {_ranges(lost)}" if lost else "each update still has a row, changed maybe"
         warn(f"{self.path} {reason}; {gone}; training does not depend on it")
-        write_atomically(self.path, mended := _encode(rows))
+        write_atomically(self.path, mended)
         return mended
 
 
