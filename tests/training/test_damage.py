@@ -31,7 +31,7 @@ from tinystories_jax.data.prepare import PreparedData, prepare_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
 from tinystories_jax.training.checkpoint import Checkpoints, restore_params
-from tinystories_jax.training.environment import recorded_start
+from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import TrainState, init_state
 
@@ -267,6 +267,17 @@ def test_the_best_checkpoint_is_not_guessed_without_the_newest_meta(run, tmp_pat
     assert restore_params(copy, str(BEFORE))[1].update == BEFORE
 
 
+def test_another_environment_is_said_in_a_line_and_goes_on(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run.workdir, tmp_path / "run")
+    now = describe_environment()
+    other = dataclasses.replace(now, device="TPU v9", num_devices=8, versions={**now.versions, "jax": "9.9"})
+    monkeypatch.setattr(loop, "describe_environment", lambda: other)
+    update, (warning,) = start(run, copy)
+    assert update == LATEST
+    changes = f"device {now.device} -> TPU v9, devices {now.num_devices} -> 8, jax {now.versions['jax']} -> 9.9;"
+    assert f"since update {LATEST} has changed: {changes}" in warning
+
+
 # ---- sound, but not to be trusted
 
 
@@ -316,6 +327,14 @@ def test_absurd_values_are_refused_before_anything_is_allocated(run, tmp_path, c
     rewrite_meta(copy / "checkpoints" / str(LATEST), change)
     with pytest.raises(UserError, match=said):
         restore_params(copy, "latest")
+
+
+def test_a_state_that_does_not_fit_is_refused_by_the_names_of_its_arrays(run, tmp_path):
+    copy = shutil.copytree(run.workdir, tmp_path / "run")
+    rewrite_meta(copy / "checkpoints" / str(LATEST), set_in("leaves", "training", "micro_step", "dtype", value="int64"))
+    with pytest.raises(UserError, match=r"micro_step: int64 \(\) there, int32 \(\) expected"):
+        run.start(copy)
+    assert checkpoints_of(copy) == [BEFORE, LATEST]
 
 
 def test_a_checkpoint_without_checksums_is_of_an_older_version(run, tmp_path):

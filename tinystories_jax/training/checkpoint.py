@@ -29,6 +29,7 @@ from tinystories_jax.training.meta import (
     Evaluation,
     Leaves,
     Meta,
+    NotFiniteError,
     describe_leaves,
     read_meta,
     require_same_run,
@@ -81,7 +82,7 @@ class Checkpoints:
     def save(self, state: TrainState, meta: Meta) -> None:
         """Starts saving; returns once the arrays are copied to the host. A failed earlier save is raised here.
 
-        Raises `UserError` where a value of `state` is not finite, and where there is no room.
+        Raises `NotFiniteError` where a value of `state` is none, and `UserError` where there is no room.
         """
         what = f"update {meta.update}: nothing is saved"
         training = _training_part(state)
@@ -292,7 +293,7 @@ def _restore_part(checkpoint: Path, part: str, leaves: dict[str, Leaves], like: 
         raise DamagedCheckpointError(f"{path}: cannot be read ({type(error).__name__}: {reason[:200]})") from error
     try:
         found = describe_leaves(restored, str(path))
-    except UserError as error:
+    except NotFiniteError as error:
         raise DamagedCheckpointError(str(error)) from error
     if wrong := [name for name, leaf in leaves[part].items() if found.get(name) != leaf]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""

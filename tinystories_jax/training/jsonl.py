@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from tinystories_jax.training.run_folder import cannot_write, set_aside, warn, write_atomically
+from tinystories_jax.training.run_folder import append, open_unbuffered, set_aside, warn, write_atomically
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,7 @@ class JsonLines:
         data = b"" if state is None else self._restore(state, updates, once)
         self._hash.update(data)
         self._num_bytes = len(data)
-        try:
-            # Unbuffered: after a failed write nothing is left that closing would try to write again.
-            self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-            self._file.truncate(len(data))
-            self._file.seek(0, 2)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        self._file = open_unbuffered(path, keep_bytes=len(data))
 
     @property
     def state(self) -> FileState:
@@ -54,11 +48,7 @@ class JsonLines:
         data = _encode(rows)
         self._hash.update(data)
         self._num_bytes += len(data)
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        append(self._file, data, self.path)
 
     def close(self) -> None:
         self._file.close()

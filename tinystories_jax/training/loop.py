@@ -38,7 +38,7 @@ from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, m
 from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.jsonl import JsonLines
 from tinystories_jax.training.memory import fitting_micro_batch, is_out_of_memory
-from tinystories_jax.training.meta import History, Meta
+from tinystories_jax.training.meta import History, Meta, NotFiniteError
 from tinystories_jax.training.metrics import MetricsLog, ProgressLine, flops_per_token, model_flops_utilization
 from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
 from tinystories_jax.training.run_folder import warn_of_damage, write_run
@@ -136,12 +136,12 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
                     saves = saves or improved
                 logs.metrics.write(rows)
                 if saves:
-                    checkpoints.save(state, logs.add_to(meta, update, meter))
+                    _save(checkpoints, state, logs.add_to(meta, update, meter))
                 meter.restart()
             # Stopped between two saves, by a signal or for lack of patience.
             if update and checkpoints.latest() != update:
                 logs.metrics.write(_look(meter, logs, checkpoints))
-                checkpoints.save(state, logs.add_to(meta, update, meter))
+                _save(checkpoints, state, logs.add_to(meta, update, meter))
             checkpoints.wait()
             best_update = checkpoints.best()
             best = None if best_update is None else logs.metrics.evaluations[best_update]
@@ -260,9 +260,7 @@ def _look(meter: "_Meter", logs: _Logs, checkpoints: Checkpoints) -> list[dict[s
             checkpoints.wait()
         except UserError as error:
             failed_save = error.problems
-        last = checkpoints.latest()
-        kept = "no checkpoint was saved" if last is None else f"the last checkpoint is update {last}"
-        raise UserError([f"{problem}; {kept}. {_NON_FINITE_ADVICE}", *failed_save])
+        raise UserError([f"{problem}; {_last_checkpoint(checkpoints)}. {_NON_FINITE_ADVICE}", *failed_save])
     checkpoints.check()
     for row in rows:
         if row.get("train/loss_spike"):
@@ -321,6 +319,18 @@ def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, logs: _Lo
         row["samples/grammar"] = scores.grammar
         said += f", grammar {scores.grammar:.1f} of 10"
     logs.progress.note(f"update {row['update']}: {said}, for instance\n{textwrap.indent(stories[0].text, '  | ')}")
+
+
+def _save(checkpoints: Checkpoints, state: TrainState, meta: Meta) -> None:
+    try:
+        checkpoints.save(state, meta)
+    except NotFiniteError as error:  # the loss and the gradient were finite, the update with them is not
+        raise UserError(f"{error}; {_last_checkpoint(checkpoints)}. {_NON_FINITE_ADVICE}") from error
+
+
+def _last_checkpoint(checkpoints: Checkpoints) -> str:
+    last = checkpoints.latest()
+    return "no checkpoint was saved" if last is None else f"the last checkpoint is update {last}"
 
 
 def _out_of_patience(config: Config, log: MetricsLog) -> bool:

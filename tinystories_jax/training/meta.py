@@ -25,6 +25,10 @@ class DamagedCheckpointError(UserError):
     """A checkpoint that is not what was saved, or cannot be read; another one may be sound."""
 
 
+class NotFiniteError(UserError):
+    """Arrays that hold nan or infinity, which nobody can go on from."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The validation loss in nats per token after `update`, and the same in bits per byte."""
@@ -116,12 +120,12 @@ class Meta:
 
 
 def describe_leaves(tree: Any, what: str) -> Leaves:
-    """Returns dtype, shape and checksum of each array of `tree`; raises `UserError` where a value is not finite."""
+    """Returns dtype, shape and checksum of each array of `tree`; raises `NotFiniteError` where a value is none."""
     leaves: Leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         values, name = np.ascontiguousarray(leaf), jax.tree_util.keystr(path, simple=True, separator=".")
         if not np.isfinite(values).all():
-            raise UserError(f"{what}: {name} holds values that are not finite")
+            raise NotFiniteError(f"{what}: {name} holds values that are not finite")
         leaves[name] = Leaf(str(values.dtype), np.shape(leaf), xxhash.xxh3_128_hexdigest(values.data))
     return leaves
 

@@ -1,25 +1,24 @@
 """What a run says about itself: metrics.jsonl (the source of truth), TensorBoard, the progress line, FLOPs and MFU."""
 
-import contextlib
 import math
+import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from tinystories_jax.config import ModelConfig
-from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.jsonl import FileState, JsonLines
 from tinystories_jax.training.meta import Evaluation, History
-from tinystories_jax.training.run_folder import cannot_write
+from tinystories_jax.training.run_folder import append, cannot_write, open_unbuffered
 
 PEAK_SOURCE = "dense bf16 with float32 accumulation, from NVIDIA's data sheets and architecture white papers"
 # Peaks in FLOP/s (H100/H200: 989.4 for SXM; PCIe 756, NVL 835; Ada: 165.2 for the RTX 4090; Blackwell: 209.5 for the
@@ -85,12 +84,10 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
         if self._board is not None:
-            # A full disk has been told about once already.
-            with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
-                self._board.close()
+            self._board.close()
 
     @property
     def state(self) -> FileState:
@@ -120,34 +117,37 @@ class _Board:
 
     def __init__(self, folder: Path, update: int):
         """Opens a file that goes on after `update`; what earlier files say of later updates is hidden."""
-        self._path = folder
-        with self._explain():
+        # TensorBoard reads a run's files in the order of their names.
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}"
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            # The library's names are whole seconds: a restart must not open the file of the process before.
-            self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-            if update:
-                self._add(step=update + 1, session_log=SessionLog(status=SessionLog.START))
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        self._file = open_unbuffered(self._path, keep_bytes=0)
+        self._append([Event(file_version="brain.Event:2")])
+        if update:
+            self._append([Event(step=update + 1, session_log=SessionLog(status=SessionLog.START))])
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        with self._explain():
-            for row in rows:
-                values = [(key, value) for key, value in row.items() if value is not None and key != "update"]
-                summary = Summary(value=[Summary.Value(tag=key, simple_value=float(value)) for key, value in values])
-                self._add(step=row["update"], summary=summary)
+        events = []
+        for row in rows:
+            values = [(key, value) for key, value in row.items() if value is not None and key != "update"]
+            summary = Summary(value=[Summary.Value(tag=key, simple_value=float(value)) for key, value in values])
+            events.append(Event(step=row["update"], summary=summary))
+        self._append(events)
 
     def close(self) -> None:
-        with self._explain():
-            self._events.close()
+        self._file.close()
 
-    def _add(self, **fields: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), **fields))
-
-    @contextlib.contextmanager
-    def _explain(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
+    def _append(self, events: Sequence[Any]) -> None:
+        framed = b""
+        for event in events:
+            event.wall_time = time.time()
+            data = event.SerializeToString()
+            # A TFRecord: length and data, each with its checksum.
+            length = struct.pack("<Q", len(data))
+            framed += length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+        append(self._file, framed, self._path)
 
 
 class ProgressLine:

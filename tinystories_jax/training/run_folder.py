@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from io import FileIO
 from pathlib import Path
 
 from tinystories_jax.config import Config, contradictions, from_dict, to_dict
@@ -21,6 +22,26 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         f"{path}: cannot be written ({error.strerror}); the checkpoints are intact: make room there and run the same "
         "command again"
     )
+
+
+def open_unbuffered(path: Path, *, keep_bytes: int) -> FileIO:
+    """Opens `path` to append to its first bytes; what could not be written is not tried again on closing."""
+    try:
+        file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        file.truncate(keep_bytes)
+        file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return file
+
+
+def append(file: FileIO, data: bytes, path: Path) -> None:
+    """Writes all of `data`; raises `UserError` when there is no room for it."""
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
