@@ -129,7 +129,7 @@ def params_outcome(run: Run, copy: Path, step: str) -> str:
     except UserError as error:
         (problem,) = error.problems
         assert f"{copy}/checkpoints/" in problem
-        assert f"take another checkpoint with --step, of those that stand there: {BEFORE}, {LATEST}" in problem
+        assert f"take another checkpoint, --step={BEFORE}; or rerun" in problem
         return "refused"
     found = arrays_of(params)
     assert are_equal(found, run.states[meta.update][1 : 1 + len(found)])  # after the micro-step
@@ -262,7 +262,7 @@ def test_the_best_checkpoint_is_not_guessed_without_the_newest_meta(run, tmp_pat
     copy = shutil.copytree(run.workdir, tmp_path / "run")
     assert restore_params(copy, "best")[1].update == LATEST
     (copy / "checkpoints" / str(LATEST) / "meta" / "metadata").write_text("{}")
-    with pytest.raises(UserError, match=f"checkpoints/{LATEST}.*--step, of those that stand there: {BEFORE}, {LATEST}"):
+    with pytest.raises(UserError, match=rf"checkpoints/{LATEST}.*take another checkpoint, --step={BEFORE};"):
         restore_params(copy, "best")
     assert restore_params(copy, str(BEFORE))[1].update == BEFORE
 

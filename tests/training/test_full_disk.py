@@ -162,7 +162,7 @@ def test_the_command_ends_with_one_error_and_no_traceback(config, tmp_path):
     """A limit on the size of files stands for the full disk: the logs stay below it, and a checkpoint does not."""
     flags = [f"--config.data.{key}={getattr(config.data, key)}" for key in ("train_files", "valid_files", "cache_dir")]
     flags += ["--nodoctor", "--config.data.source=files", f"--workdir={tmp_path}/run"]
-    flags += ["--config.data.sequence_length=16", "--config.tokenizer.vocab_size=270", "--config.train.batch_size=4"]
+    flags += ["--config.data.sequence_length=64", "--config.tokenizer.vocab_size=270", "--config.train.batch_size=4"]
     flags += ["--config.checkpoint.every=2", "--config.logging.every=1"]
     limited = ["bash", "-c", 'ulimit -f 128 && exec "$@"', "bash"]  # KB
     result = subprocess.run(
@@ -171,7 +171,7 @@ def test_the_command_ends_with_one_error_and_no_traceback(config, tmp_path):
         env=script_environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     line = error_line(result, after_log=True)
     assert f"{tmp_path}/run/checkpoints: a checkpoint cannot be written" in line

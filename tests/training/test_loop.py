@@ -4,12 +4,15 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
 
+from tests.test_cli import ROOT
 from tests.tiny import read_tiny_values
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import prepare_data
@@ -215,3 +218,26 @@ def test_without_its_config_json_a_run_is_still_not_continued_with_other_values(
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"optim\.learning_rate: the run has 0\.004, requested 0\.003"):
         train_on(change_section(config, "optim", learning_rate=0.003), tmp_path)
+
+
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])
+def test_a_second_interrupt_exits_at_once_and_the_first_does_not(first):
+    lines = [
+        "import signal",
+        "from tinystories_jax.training.loop import _StopSignals",
+        "with _StopSignals() as stop:",
+        f"    signal.raise_signal(signal.{first})",
+        "    print(signal.Signals(stop.signal).name, flush=True)",
+        "    signal.raise_signal(signal.SIGINT)",
+        "    print('still there')",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 130
+    assert result.stdout == f"{first}\n"
+    assert "finishing this update and saving; a second Ctrl-C exits at once" in result.stderr

@@ -227,18 +227,20 @@ def restore_params(run: Path, step: str = "best") -> tuple[Params, Meta]:
     updates = finished_updates(folder)
     if not updates:
         raise UserError(f"{run}: no finished checkpoint yet; let train.py reach its first one")
+    chosen = updates[-1]
     try:
-        where = folder / str(_choose(folder, updates, step))
+        chosen = _choose(folder, updates, step)
+        where = folder / str(chosen)
         meta, leaves = _open(where)
         shapes = jax.eval_shape(lambda: init_params(meta.config.model, jax.random.key(0)))
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
         return _restore_part(where, "params", leaves, like), meta
     except DamagedCheckpointError as error:
-        kept = ", ".join(map(str, updates))
+        others = " or ".join(f"--step={update}" for update in updates if update != chosen)
+        advice = f"take another checkpoint, {others}" if others else "there is no other checkpoint"
         raise DamagedCheckpointError(
-            f"{error}; take another checkpoint with --step, of those that stand there: {kept}; or rerun train.py, "
-            "which goes on from the last sound one"
+            f"{error}; {advice}; or rerun train.py, which goes on from the last sound one"
         ) from error
 
 
