@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
             },
             "logging": {
                 "every": 10,  # updates between looks at the device
+                "loss_spike_factor": 1.5,  # warn of a loss above this times the median of the last 100; 0: never
                 "tensorboard": True,  # event files beside metrics.jsonl
             },
         }

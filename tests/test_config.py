@@ -267,6 +267,7 @@ OUT_OF_RANGE = {
     "sample__max_new_tokens": (0,),
     "sample__temperature": (-0.1,),
     "logging__every": (0,),
+    "logging__loss_spike_factor": (-0.1,),
 }
 
 
@@ -295,6 +296,7 @@ def test_every_number_but_booleans_has_a_range():
         ({"optim__min_learning_rate": 6e-4}, ["optim.min_learning_rate=0.0006", "optim.learning_rate=0.0005"]),
         ({"data__source": "files", "data__train_files": "a.txt"}, ["data.valid_files is empty", "--config.data."]),
         ({"data__source": "files", "data__valid_files": "a.txt"}, ["data.train_files is empty", "--config.data."]),
+        ({"logging__loss_spike_factor": 0.9}, ["logging.loss_spike_factor=0.9", "above 1", "0"]),
         ({"data__source": "wikipedia"}, ["data.source='wikipedia'", "hub", "files", "sample"]),
         ({"tokenizer__source": "sample"}, ["tokenizer.source='sample'", "stories", "hub", "files"]),
         ({"model__dtype": "float16"}, ["model.dtype='float16'", "bfloat16", "float32"]),
@@ -508,6 +510,7 @@ FREE = {
     "sample__max_new_tokens": 7,
     "sample__temperature": 0.7,
     "logging__every": 7,
+    "logging__loss_spike_factor": 7.0,
     "logging__tensorboard": False,
     "model__remat": True,
 }

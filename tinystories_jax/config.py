@@ -102,6 +102,7 @@ class SampleConfig:
 @dataclass(frozen=True)
 class LoggingConfig:
     every: int
+    loss_spike_factor: float
     tensorboard: bool
 
 
@@ -318,6 +319,9 @@ def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list
         problems.append("train.num_epochs=0 and train.max_updates=0: nothing to train; set one of them")
     if sections["sample"]["prompts"] == ():
         problems.append("sample.prompts is empty; give at least one, for instance ('Once upon a time',)")
+    spike = sections["logging"]["loss_spike_factor"]
+    if spike is not None and 0 < spike <= 1:
+        problems.append(f"logging.loss_spike_factor={spike} must be above 1, or 0 for no warnings of loss spikes")
     if data["cache_dir"] == "":
         problems.append("data.cache_dir is empty; give a folder, for instance --config.data.cache_dir=cache")
     return problems + _check_model(sections["model"]) + _check_optim(sections["optim"])
@@ -356,6 +360,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("sample.max_new_tokens", 1, 1_048_576),
     ("sample.temperature", 0.0, 100.0),
     ("logging.every", 1, 1_000_000_000),
+    ("logging.loss_spike_factor", 0.0, 1e6),
 )
 
 

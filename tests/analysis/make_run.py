@@ -1,5 +1,6 @@
 """Writes the folder of a run without training, through the writers that training uses."""
 
+import contextlib
 import json
 import math
 import random
@@ -8,7 +9,8 @@ from typing import Any
 
 from tests.tiny import read_tiny_values
 from tinystories_jax.config import resolve, to_dict, with_data
-from tinystories_jax.training.jsonl import append_jsonl
+from tinystories_jax.training.jsonl import JsonLines
+from tinystories_jax.training.meta import History
 from tinystories_jax.training.metrics import MetricsLog
 
 PROMPTS = ("Once upon a time", "Tom had")
@@ -40,12 +42,16 @@ def make_run(
     (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"name": tokenizer}))
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     rng = random.Random(seed)
-    with MetricsLog(folder, resume_after=0, tensorboard=False) as log:
+    samples = JsonLines(folder / "samples.jsonl", None, updates=(), once=False)
+    with (
+        contextlib.closing(samples),
+        MetricsLog(folder, history=History(), state=None, update=0, tensorboard=False) as log,
+    ):
         for update in range(1, num_updates + 1):
             log.write([_make_row(update, loss, rng, seconds=seconds)])
             if update % EVAL_EVERY == 0:
                 rows = [{"update": update, "prompt": p, "text": p + text[16:], "finished": False} for p in PROMPTS]
-                append_jsonl(folder / "samples.jsonl", rows)
+                samples.write(rows)
     return folder
 
 

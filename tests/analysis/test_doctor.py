@@ -284,7 +284,7 @@ def test_too_little_room_for_the_checkpoints_is_found(config, tmp_path, monkeypa
 def test_memory_that_does_not_suffice_is_found_with_the_micro_batch_that_fits(config, monkeypatch, tmp_path):
     config = doctor._complete(config, None)
     needed = machine_checks.step_memory(config, 4).total_bytes
-    monkeypatch.setattr(machine_checks, "_memory_limit", lambda device: needed - 1)
+    monkeypatch.setattr(machine_checks, "device_memory_bytes", lambda: needed - 1)
     check = machine_checks.check_machine(config, tmp_path, measure_memory=True)
     assert check.outcome == Outcome.FAIL
     assert check.figures["largest_micro_batch"] == 3

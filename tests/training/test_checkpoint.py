@@ -12,7 +12,9 @@ from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config
 from tinystories_jax.data.tokenizer import StoryTokenizer, train_bpe
 from tinystories_jax.errors import UserError
-from tinystories_jax.training.checkpoint import Checkpoints, Meta, restore_params
+from tinystories_jax.training.checkpoint import Checkpoints, restore_params
+from tinystories_jax.training.environment import describe_environment
+from tinystories_jax.training.meta import Evaluation, History, Meta
 from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
 from tinystories_jax.training.steps import TrainState, init_state, make_train_step
 
@@ -29,7 +31,8 @@ def make_config(tokenizer) -> Config:
 
 
 def meta_at(update: int, config: Config, tokenizer: StoryTokenizer) -> Meta:
-    return Meta(update, config, tokenizer, "train fingerprint", "validation fingerprint")
+    fingerprints = "train fingerprint", "validation fingerprint"
+    return Meta(update, config, tokenizer, *fingerprints, describe_environment())
 
 
 def save_run(
@@ -40,12 +43,18 @@ def save_run(
     optimizer = make_optimizer(config)
     step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
     state, saved = init_state(config, optimizer), {}
+    now, evaluations = meta_at(0, config, tokenizer), []
     block = np.random.RandomState(0).randint(0, 280, (4, 17)).astype(np.int32)
     with Checkpoints(workdir, config) as checkpoints:
+        if resumed := checkpoints.restore_latest(state, now):
+            state, evaluations = resumed[0], list(resumed[1].history.evaluations)
         for update, loss in losses.items():
             for _ in range(config.train.grad_accum_steps):
                 state, _ = step(state, block, jnp.zeros(tokenizer.vocab_size, bool))
-            checkpoints.save(state, meta_at(update, config, tokenizer), valid_loss=loss)
+            if loss is not None:
+                evaluations.append(Evaluation(update, loss, loss / 2))
+            history = History(tuple(evaluations), (5.0, 4.0), 1.5 * update)
+            checkpoints.save(state, dataclasses.replace(now, update=update, history=history))
             # The next step reuses the state's buffers while the save goes on in the background.
             saved[update] = jax.tree.map(np.array, state)
     return saved
@@ -66,10 +75,11 @@ def test_the_whole_state_comes_back_bit_for_bit(tmp_path, config, tokenizer):
         assert checkpoints.latest() == 2
         fresh = init_state(config, make_optimizer(config))
         for update in (1, 2):
-            state, meta = checkpoints.restore(update, fresh)
+            state, meta = checkpoints.restore(update, fresh, meta_at(0, config, tokenizer))
             assert_trees_equal(saved[update], state)
             assert jax.tree.structure(state) == jax.tree.structure(fresh)
-            assert meta == meta_at(update, config, tokenizer)
+            history = History((), (5.0, 4.0), 1.5 * update)
+            assert meta == dataclasses.replace(meta_at(update, config, tokenizer), history=history)
 
 
 def test_latest_best_and_epochs_are_kept_also_after_a_restart(tmp_path, config, tokenizer):
@@ -122,7 +132,9 @@ def test_folders_without_a_finished_checkpoint_are_refused(tmp_path, config, tok
 def test_a_missing_part_is_refused_by_name(tmp_path, config, tokenizer, part):
     save_run(tmp_path, config, tokenizer, {1: 1.0})
     shutil.rmtree(tmp_path / "checkpoints" / "1" / part)
-    with pytest.raises(UserError, match=r"checkpoints/1: cannot be restored"):
+    with pytest.raises(
+        UserError, match=rf"checkpoints/1/{part}.* (is missing|cannot be read).*there is no other checkpoint"
+    ):
         restore_params(tmp_path)
 
 

@@ -4,17 +4,23 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
 
+from tests.test_cli import ROOT
 from tests.tiny import read_tiny_values
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import prepare_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
+from tinystories_jax.training.checkpoint import restore_params
 from tinystories_jax.training.loop import TrainResult, train
+from tinystories_jax.training.steps import StepMetrics, TrainState
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def make_config(stories) -> Config:
     return resolve(values)
 
 
-def change(config: Config, section: str, **values) -> Config:
+def change_section(config: Config, section: str, **values) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
@@ -54,35 +60,86 @@ def checkpoints_of(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-def poison(monkeypatch, *, after_updates: int) -> None:
-    """Makes the parameters not finite after some updates, as a diverging run would."""
+def change_step(monkeypatch, change: Callable[[int, TrainState, StepMetrics], tuple[TrainState, StepMetrics]]) -> None:
+    """Passes what each micro-step returns through `change`, with the number of the update that it is part of."""
     make_train_step = loop.make_train_step
 
-    def make_poisoned_step(config, optimizer, schedule):
+    def make_changed_step(config, optimizer, schedule):
         step = make_train_step(config, optimizer, schedule)
 
-        def poisoned_step(state, block, article_mask_V):
-            if int(state.opt_state.gradient_step) >= after_updates:
-                state = state._replace(params=jax.tree.map(lambda leaf: leaf * float("nan"), state.params))
-            return step(state, block, article_mask_V)
+        def changed_step(state, block, article_mask_V):
+            update = int(state.opt_state.gradient_step) + 1
+            return change(update, *step(state, block, article_mask_V))
 
-        return poisoned_step
+        return changed_step
 
-    monkeypatch.setattr(loop, "make_train_step", make_poisoned_step)
+    monkeypatch.setattr(loop, "make_train_step", make_changed_step)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_update(config, tmp_path, monkeypatch):
-    poison(monkeypatch, after_updates=4)
-    with pytest.raises(UserError, match=r"update 5: the loss is not finite; .*update 4.*try a lower"):
+def poison(monkeypatch, *, update: int, metric: str = "loss") -> None:
+    """Makes `metric` and the parameters not finite in an update, as a diverging run would."""
+
+    def change(now: int, state: TrainState, metrics: StepMetrics) -> tuple[TrainState, StepMetrics]:
+        if now < update:
+            return state, metrics
+        nan = float("nan")
+        return state._replace(params=jax.tree.map(lambda leaf: leaf * nan, state.params)), metrics._replace(
+            **{metric: getattr(metrics, metric) * nan}
+        )
+
+    change_step(monkeypatch, change)
+
+
+@pytest.mark.parametrize(
+    ("update", "metric", "said"),
+    # Checkpoints are due after updates 2, 4 and 6, the last.
+    [(5, "loss", "loss"), (4, "loss", "loss"), (6, "loss", "loss"), (6, "grad_norm", "gradient")],
+)
+def test_what_is_not_finite_stops_the_run_at_its_update_and_is_never_saved(
+    config, tmp_path, monkeypatch, update, metric, said
+):
+    poison(monkeypatch, update=update, metric=metric)
+    last = (update - 1) // 2 * 2
+    three = r"lower --config.optim.learning_rate, .*warmup_updates, or --config.model.dtype"
+    with pytest.raises(UserError, match=rf"update {update}: the {said} is not finite; .*update {last}\. .*{three}"):
         train_on(config, tmp_path)
-    assert [row["update"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
-    assert max(checkpoints_of(tmp_path)) == 4
+    assert [row["update"] for row in rows_of(tmp_path)] == list(range(1, update))
+    assert max(checkpoints_of(tmp_path)) == last
+    assert restore_params(tmp_path, "latest")[1].update == last
+
+
+def test_parameters_that_only_the_update_itself_breaks_are_not_saved(config, tmp_path, monkeypatch):
+    def change(update: int, state: TrainState, metrics: StepMetrics) -> tuple[TrainState, StepMetrics]:
+        if update == 3 and not state.opt_state.mini_step:
+            state = state._replace(params=jax.tree.map(lambda leaf: leaf * float("inf"), state.params))
+        return state, metrics
+
+    change_step(monkeypatch, change)
+    config = change_section(change_section(config, "checkpoint", every=3), "eval", every=100)
+    with pytest.raises(
+        UserError, match=r"update 3: nothing is saved: .* not finite; no checkpoint was saved.*try a low"
+    ):
+        train_on(config, tmp_path)
+    assert checkpoints_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.0])
+def test_a_loss_spike_is_a_warning_and_a_row_says_so(config, tmp_path, monkeypatch, capfd, factor):
+    def change(update: int, state: TrainState, metrics: StepMetrics) -> tuple[TrainState, StepMetrics]:
+        return state, metrics._replace(loss=metrics.loss * (1.6 if update == 4 else 1.0))
+
+    change_step(monkeypatch, change)
+    train_on(change_section(config, "logging", loss_spike_factor=factor), tmp_path)
+    spikes = [row["update"] for row in rows_of(tmp_path) if row.get("train/loss_spike") is True]
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert spikes == ([4] if factor else [])
+    assert [line[: len("warning: update 4:")] for line in warnings] == (["warning: update 4:"] if factor else [])
 
 
 def test_without_a_checkpoint_the_message_says_so(config, tmp_path, monkeypatch):
-    poison(monkeypatch, after_updates=1)
+    poison(monkeypatch, update=2)
     with pytest.raises(UserError, match=r"update 2: the loss is not finite; no checkpoint was saved"):
-        train_on(change(config, "logging", every=100), tmp_path)
+        train_on(change_section(config, "logging", every=100), tmp_path)
 
 
 def test_a_full_disk_spares_the_checkpoints_before_and_the_run_goes_on_with_room(config, tmp_path, monkeypatch):
@@ -102,11 +159,11 @@ def test_a_full_disk_spares_the_checkpoints_before_and_the_run_goes_on_with_room
 
 def test_early_stopping_saves_where_it_stops_and_a_rerun_trains_nothing(config, tmp_path):
     # At such a rate the loss soon gets worse from one evaluation to the next.
-    config = change(
-        change(config, "optim", learning_rate=3.0, min_learning_rate=3.0, warmup_updates=0), "eval", every=1
+    config = change_section(
+        change_section(config, "optim", learning_rate=3.0, min_learning_rate=3.0, warmup_updates=0), "eval", every=1
     )
-    config = change(change(config, "eval", early_stopping_patience=1), "train", max_updates=50)
-    config = change(config, "checkpoint", every=100)
+    config = change_section(change_section(config, "eval", early_stopping_patience=1), "train", max_updates=50)
+    config = change_section(config, "checkpoint", every=100)
     first = train_on(config, tmp_path)
     assert first.stopped_early
     assert first.update < 50
@@ -124,9 +181,9 @@ def test_the_advice_for_out_of_memory_can_be_followed_in_the_same_workdir(config
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "ProgressLine", OutOfMemory)
-        with pytest.raises(UserError, match=r"=4; try --config.train.batch_size=2 .*grad_accum_steps=4"):
+        with pytest.raises(UserError, match=r"=4; this fits: --config.train.batch_size=2 .*grad_accum_steps=4,"):
             train_on(config, tmp_path)
-    assert train_on(change(config, "train", batch_size=2, grad_accum_steps=4), tmp_path).update == 6
+    assert train_on(change_section(config, "train", batch_size=2, grad_accum_steps=4), tmp_path).update == 6
 
 
 def test_a_signal_before_the_first_update_saves_nothing_and_says_so(config, tmp_path, monkeypatch):
@@ -151,13 +208,36 @@ def test_other_stories_are_refused_by_field_and_fingerprint(config, tmp_path, st
     separator = "\n<|endoftext|>\n"
     # In another order: as many tokens, so no field of the config tells them apart.
     other.write_text(separator.join(reversed(stories.read_text().split(separator))))
-    tokenizer = change(config, "tokenizer", path=str(tmp_path / "run" / "tokenizer"))
+    tokenizer = change_section(config, "tokenizer", path=str(tmp_path / "run" / "tokenizer"))
     with pytest.raises(UserError, match=r"trained on other stories.*data\.train_files: .*other\.txt"):
-        train_on(change(tokenizer, "data", train_files=str(other)), tmp_path / "run")
+        train_on(change_section(tokenizer, "data", train_files=str(other)), tmp_path / "run")
 
 
 def test_without_its_config_json_a_run_is_still_not_continued_with_other_values(config, tmp_path):
     train_on(config, tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"optim\.learning_rate: the run has 0\.004, requested 0\.003"):
-        train_on(change(config, "optim", learning_rate=0.003), tmp_path)
+        train_on(change_section(config, "optim", learning_rate=0.003), tmp_path)
+
+
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGINT"])
+def test_a_second_interrupt_exits_at_once_and_the_first_does_not(first):
+    lines = [
+        "import signal",
+        "from tinystories_jax.training.loop import _StopSignals",
+        "with _StopSignals() as stop:",
+        f"    signal.raise_signal(signal.{first})",
+        "    print(signal.Signals(stop.signal).name, flush=True)",
+        "    signal.raise_signal(signal.SIGINT)",
+        "    print('still there')",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 130
+    assert result.stdout == f"{first}\n"
+    assert "finishing this update and saving; a second Ctrl-C exits at once" in result.stderr

@@ -6,11 +6,11 @@ import math
 
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import ModelConfig
-from tinystories_jax.training.jsonl import append_jsonl
+from tinystories_jax.training.jsonl import FileState
+from tinystories_jax.training.meta import History
 from tinystories_jax.training.metrics import (
     MetricsLog,
     ProgressLine,
-    drop_after,
     flops_per_token,
     model_flops_utilization,
     split_flops_per_token,
@@ -32,12 +32,12 @@ TOP10K = ModelConfig(
 )
 
 
-# Holds line separators that JSON writes as they are.
-TEXT = "Zoë\u2028and\x85Tom"
-
-
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def open_log(workdir, *, state: FileState | None = None, update: int = 0, tensorboard: bool = False) -> MetricsLog:
+    return MetricsLog(workdir, history=History(), state=state, update=update, tensorboard=tensorboard)
 
 
 def test_flops_per_token_by_hand():
@@ -61,10 +61,12 @@ def test_mfu_of_an_unknown_device_is_none():
 
 def test_each_update_stands_once_after_a_restart(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(tmp_path, resume_after=0, tensorboard=True) as log:
-        log.write([{"update": update, "train/loss": 5.0 - update} for update in range(1, 6)])
+    with open_log(tmp_path, tensorboard=True) as log:
+        log.write([{"update": update, "train/loss": 5.0 - update} for update in range(1, 4)])
+        saved = log.state
+        log.write([{"update": update, "train/loss": 5.0 - update} for update in range(4, 6)])
     path.write_text(path.read_text() + '{"update": 6, "train/lo')  # killed while writing
-    with MetricsLog(tmp_path, resume_after=3, tensorboard=True) as log:
+    with open_log(tmp_path, state=saved, update=3, tensorboard=True) as log:
         log.write([{"update": update, "train/loss": -1.0} for update in (4, 5)])
     assert [row["update"] for row in rows_of(path)] == [1, 2, 3, 4, 5]
     assert [row["train/loss"] for row in rows_of(path)] == [4.0, 3.0, 2.0, -1.0, -1.0]
@@ -72,27 +74,9 @@ def test_each_update_stands_once_after_a_restart(tmp_path):
 
 
 def test_nan_is_written_as_null(tmp_path):
-    with MetricsLog(tmp_path, resume_after=0, tensorboard=False) as log:
-        log.write([{"update": 1, "valid/loss": 1.0, "valid/article_recall": math.nan}])
-    assert rows_of(tmp_path / "metrics.jsonl") == [{"update": 1, "valid/loss": 1.0, "valid/article_recall": None}]
-
-
-def test_evaluations_survive_a_restart(tmp_path):
-    with MetricsLog(tmp_path, resume_after=0, tensorboard=False) as log:
-        log.write(
-            [{"update": 1, "train/loss": 3.0}, {"update": 2, "valid/loss": 2.5}, {"update": 3, "valid/loss": 2.0}]
-        )
-    with MetricsLog(tmp_path, resume_after=2, tensorboard=False) as log:
-        assert {update: row["valid/loss"] for update, row in log.evaluations.items()} == {2: 2.5}
-
-
-def test_samples_of_a_stretch_done_again_are_dropped(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    append_jsonl(path, [{"update": update, "text": TEXT} for update in (1, 2, 3)])
-    drop_after(path, 2)
-    assert rows_of(path) == [{"update": 1, "text": TEXT}, {"update": 2, "text": TEXT}]
-    drop_after(tmp_path / "none.jsonl", 2)
-    assert not (tmp_path / "none.jsonl").exists()
+    with open_log(tmp_path) as log:
+        log.write([{"update": 1, "train/loss": 1.0, "valid/article_recall": math.nan}])
+    assert rows_of(tmp_path / "metrics.jsonl") == [{"update": 1, "train/loss": 1.0, "valid/article_recall": None}]
 
 
 def test_progress_away_from_a_terminal_is_plain_lines(capsys):

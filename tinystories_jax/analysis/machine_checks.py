@@ -10,13 +10,13 @@ from typing import Any
 import jax
 
 from tinystories_jax.analysis.check import Check, judge, skip
-from tinystories_jax.analysis.measure import step_memory
 from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
 from tinystories_jax.evaluation.validation import validate
 from tinystories_jax.training.checkpoint import checkpoint_bytes, max_checkpoints, restore_params
 from tinystories_jax.training.jsonl import read_jsonl
+from tinystories_jax.training.memory import device_memory_bytes, step_memory
 from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
 
 _OLDEST_DRIVER = 525  # the first that runs CUDA 12
@@ -39,7 +39,7 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
         )
     remark = ""
     if measure_memory:
-        problem, of_memory = _memory(config, device)
+        problem, of_memory = _memory(config)
         problems += problem
         figures |= of_memory
         remark = _describe_memory(of_memory)
@@ -105,14 +105,14 @@ def _free_disk(workdir: Path) -> int:
     return shutil.disk_usage(_nearest_folder(workdir)).free
 
 
-def _memory(config: Config, device: Any) -> tuple[list[str], dict[str, int]]:
-    """Returns the problem, if any, and the figures of the memory that training needs on `device`."""
+def _memory(config: Config) -> tuple[list[str], dict[str, int]]:
+    """Returns the problem, if any, and the figures of the memory that training needs on this device."""
     rows = config.train.batch_size
     other_rows = rows // 2 if rows > 1 else 2
     needed, by_others = step_memory(config, rows).total_bytes, step_memory(config, other_rows).total_bytes
     # What a row takes is the same for every row.
     per_row = (needed - by_others) / (rows - other_rows)
-    limit = _memory_limit(device)
+    limit = device_memory_bytes()
     largest = int((limit - (needed - per_row * rows)) / max(per_row, 1))
     figures = {"memory_needed_bytes": needed, "memory_limit_bytes": limit, "largest_micro_batch": largest}
     if needed <= limit:
@@ -126,13 +126,6 @@ def _memory(config: Config, device: Any) -> tuple[list[str], dict[str, int]]:
     )
     step = f"a step of train.batch_size={rows} needs {needed / 1e9:.1f} GB"
     return [f"{step}, the device has {limit / 1e9:.1f} GB: {advice}"], figures
-
-
-def _memory_limit(device: Any) -> int:
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _describe_memory(figures: dict[str, int]) -> str:

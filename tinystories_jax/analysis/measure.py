@@ -1,12 +1,10 @@
 """What the real `train_step` takes on this device: memory by XLA's own analysis, and time by the clock."""
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +13,16 @@ from tinystories_jax.config import Config
 from tinystories_jax.data.cache import batch_at
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.validation import article_mask
+from tinystories_jax.training.memory import (
+    StepMemory,
+    compile_step,
+    device_memory_bytes,
+    is_out_of_memory,
+    read_memory,
+)
 from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization
-from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
-from tinystories_jax.training.steps import TrainState, init_state, make_train_step
+from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.steps import TrainState, init_state
 
 # The first micro-batch that is tried: seconds on two CPU cores; an accelerator gets any usual one whole.
 _FIRST_STEP_FLOPS, _FIRST_STEP_FLOPS_ON_CPU = 3e13, 3e11
@@ -26,17 +31,6 @@ _CPU_MEMORY_BYTES = 4e9  # for a step on a CPU, which shares its memory with eve
 # Steps are timed in rows of at least this, as training runs them, so that waiting for the device hardly counts.
 _SAMPLE_SECONDS = 0.2
 _TIMING_SECONDS, _MIN_SAMPLES, _MAX_SAMPLES = 10.0, 3, 10
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """XLA's memory analysis of a compiled `train_step`. Aliased outputs take the place of donated arguments."""
-
-    arguments_bytes: int
-    outputs_bytes: int
-    aliased_bytes: int
-    temporaries_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ def measure_training(config: Config, tokens: np.ndarray, log: Callable[[str], No
         while len(samples) < _MIN_SAMPLES or (len(samples) < _MAX_SAMPLES and sum(samples) < _TIMING_SECONDS):
             samples.append(trial.run(steps_per_sample))
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError("out of memory although it should fit: something else uses this device, too") from error
     micro_step_seconds = statistics.median(samples) / steps_per_sample
@@ -80,13 +74,6 @@ def measure_training(config: Config, tokens: np.ndarray, log: Callable[[str], No
         tokens_per_second=speed,
         mfu=model_flops_utilization(speed, flops_per_token(config.model, config.data.sequence_length)),
     )
-
-
-def step_memory(config: Config, rows: int) -> StepMemory:
-    """Returns what `train_step` needs for micro-batches of `rows` rows; it is compiled and nothing is run."""
-    trial = _Trial(config, np.empty(0, np.int32))
-    trial.compile(rows)
-    return trial.memory
 
 
 def _choose_rows(trial: "_Trial", config: Config, log: Callable[[str], None]) -> float:
@@ -116,21 +103,17 @@ def _choose_rows(trial: "_Trial", config: Config, log: Callable[[str], None]) ->
 
 
 def memory_limit_bytes() -> float:
-    """Returns what a step may take of this device's memory; infinity where nobody knows."""
+    """Returns what a step may take of this device's memory."""
     if jax.default_backend() == "cpu":
-        return min(_CPU_MEMORY_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2)
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+        return min(_CPU_MEMORY_BYTES, device_memory_bytes() / 2)
+    return device_memory_bytes()
 
 
 class _Trial:
     """The training state, and the step for `rows` rows that was compiled last."""
 
     def __init__(self, config: Config, tokens: np.ndarray):
-        assert config.schedule is not None
         self._config, self._tokens = config, tokens
-        self._optimizer = make_optimizer(config)
-        schedule = learning_rate_schedule(config.optim, config.schedule)
-        self._train_step = make_train_step(config, self._optimizer, schedule)
         self._article_mask_V = article_mask((), config.model.vocab_size)
         self._state: TrainState | None = None
         self._micro_step = 0
@@ -138,11 +121,9 @@ class _Trial:
     def compile(self, rows: int) -> None:
         """Notes the step's memory and the seconds it took; nothing is allocated yet."""
         began = time.perf_counter()
-        state = jax.eval_shape(self._init_state)
-        block = jax.ShapeDtypeStruct((rows, self._config.data.sequence_length + 1), np.int32)
-        self._compiled = self._train_step.lower(state, block, self._article_mask_V).compile()
+        self._compiled = compile_step(self._config, rows)
         self.compile_seconds = time.perf_counter() - began
-        self.rows, self.memory = rows, _read_memory(self._compiled.memory_analysis())
+        self.rows, self.memory = rows, read_memory(self._compiled)
 
     def run(self, num_steps: int) -> float:
         """Returns the seconds that `num_steps` micro-steps took, their blocks read and sent as training does."""
@@ -163,10 +144,4 @@ class _Trial:
         return time.perf_counter() - began
 
     def _init_state(self) -> TrainState:
-        return init_state(self._config, self._optimizer)
-
-
-def _read_memory(analysis: Any) -> StepMemory:
-    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
-    aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
-    return StepMemory(arguments, outputs, aliased, temporaries, arguments + outputs - aliased + temporaries)
+        return init_state(self._config, make_optimizer(self._config))

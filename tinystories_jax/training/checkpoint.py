@@ -1,28 +1,42 @@
 """Checkpoints of a run (orbax): the latest, the best by validation loss, one per epoch.
 
-A checkpoint is the folder WORKDIR/checkpoints/UPDATE with four parts: `params`; `training` (optimizer state and
-micro-step); `meta` (update, resolved config, tokenizer, fingerprints of the data: with `params`, all that sampling
-needs); `metrics` (validation loss, where it was measured). Only committed checkpoints are ever seen.
+A checkpoint is the folder WORKDIR/checkpoints/UPDATE with three parts: `params`; `training` (optimizer state and
+micro-step); `meta` (all else, with checksums of everything: see meta.py). Only committed checkpoints are ever seen, and
+only arrays that are bit for bit what was saved come back. Orbax's handlers read JSON and arrays: nothing is unpickled.
 """
 
 import contextlib
-import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from tinystories_jax.config import Config, from_dict, to_dict
-from tinystories_jax.data.tokenizer import StoryTokenizer, parse_tokenizer
+from tinystories_jax.config import Config
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import Params, init_params, num_params
+from tinystories_jax.training.environment import environment_changes
+from tinystories_jax.training.memory import device_memory_bytes
+from tinystories_jax.training.meta import (
+    DamagedCheckpointError,
+    Evaluation,
+    Leaves,
+    Meta,
+    NotFiniteError,
+    describe_leaves,
+    read_meta,
+    require_same_run,
+    shapes_of,
+    to_file,
+)
+from tinystories_jax.training.run_folder import set_aside, warn
 from tinystories_jax.training.steps import TrainState
 
 _ITEMS = ("params", "training", "meta")
@@ -31,80 +45,48 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-@dataclass(frozen=True)
-class Meta:
-    """What stands beside the parameters in every checkpoint."""
-
-    update: int
-    config: Config
-    tokenizer: StoryTokenizer
-    train_fingerprint: str
-    valid_fingerprint: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "update": self.update,
-            "config": to_dict(self.config),
-            "tokenizer": self.tokenizer.json,
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "train_fingerprint": self.train_fingerprint,
-            "valid_fingerprint": self.valid_fingerprint,
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], where: str) -> "Meta":
-        """Returns what `to_json` wrote; raises `UserError` naming `where` when it is not that."""
-        try:
-            tokenizer = parse_tokenizer(values["tokenizer"], where)
-            if tokenizer.sha256 != values["tokenizer_sha256"]:
-                raise UserError(
-                    f"{where}: its tokenizer has SHA-256 {tokenizer.sha256}, but {values['tokenizer_sha256']} was "
-                    "saved; the checkpoint is damaged, take another one with --step"
-                )
-            config = from_dict(values["config"])
-            fingerprints = str(values["train_fingerprint"]), str(values["valid_fingerprint"])
-            return cls(int(values["update"]), config, tokenizer, *fingerprints)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{where}: not a checkpoint of this project ({error!r})") from error
-
-
 class Checkpoints:
     """Saves and restores the checkpoints of one run under way; a context manager that waits for the last save."""
 
     def __init__(self, workdir: Path, config: Config):
         assert config.schedule is not None
         self.folder = (workdir / "checkpoints").absolute()
+        self._workdir = workdir
+        self._best = _KeepBest()
         policies = [
             checkpoint_managers.LatestN(config.checkpoint.keep),
-            checkpoint_managers.BestN(
-                get_metric_fn=_valid_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-            ),
+            self._best,
             checkpoint_managers.CustomSteps(config.schedule.epoch_ends),
         ]
         options = ocp.CheckpointManagerOptions(
-            # Without best_fn orbax forgets the metrics with the process, and the best checkpoint after a restart.
-            best_fn=_valid_loss,
-            best_mode="min",
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
+        with self._explain():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        with self._explain():
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # What is on its way already is what the user must know; it has asked for a failed save, too, where it can.
+        with contextlib.suppress(UserError) if kind else contextlib.nullcontext(), self._explain():
             self._manager.close()
 
     def check(self) -> None:
-        """Raises what a background save has raised since."""
-        with self._explain():
-            self._manager.check_for_errors()
+        """Raises what a background save has raised since; does not wait for one under way."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
-    def save(self, state: TrainState, meta: Meta, *, valid_loss: float | None) -> None:
-        """Starts saving; returns once the arrays are copied to the host. A failed earlier save is raised here."""
-        training = {"micro_step": state.micro_step, "opt_state": state.opt_state}
+    def save(self, state: TrainState, meta: Meta) -> None:
+        """Starts saving; returns once the arrays are copied to the host. A failed earlier save is raised here.
+
+        Raises `NotFiniteError` where a value of `state` is none, and `UserError` where there is no room.
+        """
+        what = f"update {meta.update}: nothing is saved"
+        training = _training_part(state)
+        contents = to_file(meta, describe_leaves(state.params, what), describe_leaves(training, what))
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
@@ -112,14 +94,15 @@ class Checkpoints:
                 "before are intact: make room and run the same command again"
             )
         with self._explain():
+            self._manager.wait_until_finished()
+            self._best.evaluations = meta.history.evaluations
             self._manager.save(
                 meta.update,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     training=ocp.args.StandardSave(training),
-                    meta=ocp.args.JsonSave(meta.to_json()),
+                    meta=ocp.args.JsonSave(contents),
                 ),
-                metrics=None if valid_loss is None else {"valid_loss": valid_loss},
             )
 
     def wait(self) -> None:
@@ -143,22 +126,68 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Returns the update of the best validation loss among the kept checkpoints, None when none was evaluated."""
-        return self._manager.best_step()
+        return best_of(self._best.evaluations, self._manager.all_steps())
 
-    def restore(self, update: int, like: TrainState) -> tuple[TrainState, Meta]:
-        """Returns the state saved at `update`, laid out as `like`, and what stands beside it."""
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        training = {"micro_step": shapes.micro_step, "opt_state": shapes.opt_state}
-        items = _restore(
-            self._manager,
-            self.folder / str(update),
-            update,
-            params=ocp.args.StandardRestore(shapes.params),
-            training=ocp.args.StandardRestore(training),
-            meta=ocp.args.JsonRestore(),
-        )
-        meta = Meta.from_json(items["meta"], str(self.folder / str(update)))
-        return TrainState(items["training"]["micro_step"], items["params"], items["training"]["opt_state"]), meta
+    def restore_latest(self, like: TrainState, now: Meta) -> tuple[TrainState, Meta] | None:
+        """Returns the newest sound state, laid out as `like`, and what stands beside it; None without a checkpoint.
+
+        Damaged checkpoints are set aside with a warning. Raises `UserError` where all are, or where `now`, the meta of
+        the run as it was started this time, would not continue them.
+        """
+        damaged: dict[int, DamagedCheckpointError] = {}
+        for update in sorted(finished_updates(self.folder), reverse=True):
+            try:
+                state, meta = self.restore(update, like, now)
+            except DamagedCheckpointError as error:
+                damaged[update] = error
+                continue
+            self._set_aside(damaged, update)
+            if changes := environment_changes(meta.environment, now.environment):
+                warn(f"since update {update} has changed: {', '.join(changes)}; the last digits of results may, too")
+            self._best.evaluations = meta.history.evaluations
+            return state, meta
+        if damaged:
+            raise UserError(
+                [
+                    f"{self.folder}: no checkpoint is sound; to train from the start give another --workdir, or move "
+                    "this folder away:",
+                    *(f"  {error}" for error in damaged.values()),
+                ]
+            )
+        return None
+
+    def restore(self, update: int, like: TrainState, now: Meta) -> tuple[TrainState, Meta]:
+        """Returns the state saved at `update`, which `now` continues, laid out as `like`."""
+        folder = self.folder / str(update)
+        meta, leaves = _open(folder)
+        require_same_run(meta, now, self._workdir)
+        params = _restore_part(folder, "params", leaves, like.params)
+        training = _restore_part(folder, "training", leaves, _training_part(like))
+        return TrainState(training["micro_step"], params, training["opt_state"]), meta
+
+    def _set_aside(self, damaged: dict[int, DamagedCheckpointError], update: int) -> None:
+        for other, error in damaged.items():
+            place = set_aside(self.folder / str(other), self._workdir)
+            warn(f"{error}; the checkpoint was moved to {place}, going on from update {update}")
+        if damaged:
+            self._manager.reload()
+
+
+def best_of(evaluations: Sequence[Evaluation], updates: Collection[int]) -> int | None:
+    """Returns the one of `updates` with the lowest validation loss, the first of equals; None without an evaluation."""
+    kept = [evaluation for evaluation in evaluations if evaluation.update in updates]
+    return min(kept, key=lambda evaluation: evaluation.loss).update if kept else None
+
+
+class _KeepBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the best checkpoint by the run's own history: orbax's metrics have no checksum."""
+
+    def __init__(self):
+        self.evaluations: Sequence[Evaluation] = ()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = best_of(self.evaluations, {checkpoint.step for checkpoint in checkpoints})
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -172,72 +201,141 @@ def max_checkpoints(config: Config) -> int:
     return config.checkpoint.keep + 1 + len(config.schedule.epoch_ends)
 
 
+def finished_updates(checkpoints: Path) -> list[int]:
+    """Returns the updates whose checkpoint is in the folder, sorted; one still being saved has another name."""
+    if not checkpoints.is_dir():
+        return []
+    names = [path.name for path in checkpoints.iterdir()]
+    # As orbax names them: not 007, nor digits of other scripts.
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,17}", name))
+
+
 def has_checkpoint(run: Path) -> bool:
     """Returns whether `run` holds a finished checkpoint."""
-    folder = run / "checkpoints"
-    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+    return bool(finished_updates(run / "checkpoints"))
 
 
 def restore_params(run: Path, step: str = "best") -> tuple[Params, Meta]:
     """Returns the parameters of one checkpoint of `run` and what stands beside them; the optimizer state is not read.
 
     step: "best" by validation loss (the latest where none was evaluated), "latest", "epoch:N", or an update number.
-    Raises `UserError` when there is no such run or checkpoint, or when it cannot be read.
+    Raises `UserError` when there is no such run or checkpoint, or when it is not what was saved.
     """
     folder = (run / "checkpoints").absolute()
     if not folder.is_dir():
         raise UserError(f"{run}: no run with checkpoints stands there; --checkpoint takes a workdir that train.py made")
-    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_valid_loss, best_mode="min")
-    try:
-        opened = ocp.CheckpointManager(folder, options=options, item_names=_ITEMS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"{folder}: its checkpoints cannot be read ({type(error).__name__}: {reason}); move the damaged one away"
-        ) from error
-    with opened as manager:
-        update = _choose(manager, run, step)
-        where = folder / str(update)
-        meta = Meta.from_json(_restore(manager, where, update, meta=ocp.args.JsonRestore())["meta"], str(where))
-        shapes = jax.eval_shape(lambda: init_params(meta.config.model, jax.random.key(0)))
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-        return _restore(manager, where, update, params=ocp.args.StandardRestore(shapes))["params"], meta
-
-
-def _choose(manager: ocp.CheckpointManager, run: Path, step: str) -> int:
-    updates = sorted(manager.all_steps())
+    updates = finished_updates(folder)
     if not updates:
         raise UserError(f"{run}: no finished checkpoint yet; let train.py reach its first one")
-    if step == "latest":
-        return updates[-1]
-    if step == "best":
-        best = manager.best_step()
-        return updates[-1] if best is None else best
-    kept = ", ".join(map(str, updates))
-    if match := re.fullmatch(r"epoch:(\d+)", step):
-        meta = _restore(manager, run / "checkpoints", updates[-1], meta=ocp.args.JsonRestore())["meta"]
-        schedule = Meta.from_json(meta, str(run)).config.schedule
-        epoch = int(match[1])
-        assert schedule is not None
-        if not 1 <= epoch <= len(schedule.epoch_ends) or schedule.epoch_ends[epoch - 1] not in updates:
-            raise UserError(f"--step={step}: no checkpoint of that epoch; updates with one: {kept}")
-        return schedule.epoch_ends[epoch - 1]
-    if step.isdecimal() and int(step) in updates:
-        return int(step)
-    raise UserError(f"--step={step}: must be best, latest, epoch:N or one of the updates kept: {kept}")
-
-
-def _restore(manager: ocp.CheckpointManager, where: Path, update: int, **items: Any) -> Any:
+    chosen = updates[-1]
     try:
-        return manager.restore(update, args=ocp.args.Composite(**items))
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{where}: cannot be restored ({type(error).__name__}: {reason[0] if reason else ''}); "
-            "take another checkpoint with --step, or move this folder away and rerun to continue from the one before"
+        chosen = _choose(folder, updates, step)
+        where = folder / str(chosen)
+        meta, leaves = _open(where)
+        shapes = jax.eval_shape(lambda: init_params(meta.config.model, jax.random.key(0)))
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+        return _restore_part(where, "params", leaves, like), meta
+    except DamagedCheckpointError as error:
+        others = " or ".join(f"--step={update}" for update in updates if update != chosen)
+        advice = f"take another checkpoint, {others}" if others else "there is no other checkpoint"
+        raise DamagedCheckpointError(
+            f"{error}; {advice}; or rerun train.py, which goes on from the last sound one"
         ) from error
 
 
-def _valid_loss(metrics: dict[str, float]) -> float:
-    return metrics["valid_loss"]
+def _choose(folder: Path, updates: list[int], step: str) -> int:
+    kept = ", ".join(map(str, updates))
+    if step == "latest":
+        return updates[-1]
+    if step.isdecimal() and int(step) in updates:
+        return int(step)
+    epoch = re.fullmatch(r"epoch:([0-9]{1,9})", step)
+    if step != "best" and not epoch:
+        raise UserError(f"--step={step}: must be best, latest, epoch:N or one of the updates kept: {kept}")
+    # The newest one knows of all evaluations before it, and without it nobody could say which is best.
+    meta, _ = _open(folder / str(updates[-1]))
+    if not epoch:
+        best = best_of(meta.history.evaluations, updates)
+        return updates[-1] if best is None else best
+    assert meta.config.schedule is not None
+    ends, number = meta.config.schedule.epoch_ends, int(epoch[1])
+    if not 1 <= number <= len(ends) or ends[number - 1] not in updates:
+        raise UserError(f"--step={step}: no checkpoint of that epoch; updates with one: {kept}")
+    return ends[number - 1]
+
+
+def _open(checkpoint: Path) -> tuple[Meta, dict[str, Leaves]]:
+    meta, leaves = read_meta(checkpoint)
+    if meta.update != int(checkpoint.name):
+        raise DamagedCheckpointError(f"{checkpoint}: holds the checkpoint of update {meta.update}")
+    return meta, leaves
+
+
+def _training_part(state: TrainState) -> dict[str, Any]:
+    return {"micro_step": state.micro_step, "opt_state": state.opt_state}
+
+
+def _restore_part(checkpoint: Path, part: str, leaves: dict[str, Leaves], like: Any) -> Any:
+    """Returns the arrays of `part`, laid out as `like`, after comparing them with the checksums in `leaves`."""
+    path = checkpoint / part
+    saved = {name: (leaf.dtype, leaf.shape) for name, leaf in leaves[part].items()}
+    _require_same_shapes(path, saved, shapes_of(like))
+    needed = sum(np.dtype(leaf.dtype).itemsize * leaf.size for leaf in jax.tree.leaves(like))
+    if needed > device_memory_bytes():
+        raise UserError(f"{path}: takes {needed / 1e9:,.1f} GB, which this device does not have; take a larger one")
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            restored = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # orbax raises a bare one for arrays that it cannot read
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise DamagedCheckpointError(f"{path}: cannot be read ({type(error).__name__}: {reason[:200]})") from error
+    try:
+        found = describe_leaves(restored, str(path))
+    except NotFiniteError as error:
+        raise DamagedCheckpointError(str(error)) from error
+    if wrong := [name for name, leaf in leaves[part].items() if found.get(name) != leaf]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise DamagedCheckpointError(f"{path}: {wrong[0]}{more} is not what was saved: the checksum is wrong")
+    return restored
+
+
+def _require_same_shapes(path: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises `UserError` naming the arrays that differ: this is a sound checkpoint of something else."""
+    differing = [
+        f"  {name}: {_say_shape(saved.get(name))} there, {_say_shape(expected.get(name))} expected"
+        for name in sorted({*saved, *expected})
+        if saved.get(name) != expected.get(name)
+    ]
+    if differing:
+        raise UserError(
+            [f"{path}: its arrays are not those of this version; use the version that wrote it:", *differing[:20]]
+        )
+
+
+def _say_shape(shape: tuple[str, tuple[int, ...]] | None) -> str:
+    return f"{shape[0]} {shape[1]}" if shape else "nothing"
+
+
+def _hush_orbax() -> None:
+    """Keeps silent about what reads and writes that failed leave behind in orbax and tensorstore, and nothing else.
+
+    Their exception has been raised to us. Python says once more what it was when the coroutines of the others are
+    collected, and that their event loop is closed when tensorstore answers them.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        of_coroutine = code is not None and "orbax" in Path(code.co_filename).parts
+        late = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+        if not (of_coroutine or late):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_hush_orbax()

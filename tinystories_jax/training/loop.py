@@ -5,14 +5,15 @@ Everything that it leaves behind stands in the workdir, so that rerunning the sa
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import shlex
 import signal
+import statistics
 import sys
 import textwrap
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinystories_jax.config import Config, contradictions, from_dict, to_dict, with_data
+from tinystories_jax.config import Config, with_data
 from tinystories_jax.data.cache import batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData
-from tinystories_jax.data.tokenizer import StoryTokenizer, load_tokenizer, save_tokenizer
+from tinystories_jax.data.tokenizer import StoryTokenizer
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.checker import checker_problem
 from tinystories_jax.evaluation.grammar import score_stories
@@ -33,20 +34,18 @@ from tinystories_jax.evaluation.samples import check_prompts, write_stories
 from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params, num_params, uses_flash_attention
-from tinystories_jax.training.checkpoint import Checkpoints, Meta, checkpoint_bytes, has_checkpoint, max_checkpoints
-from tinystories_jax.training.environment import recorded_start
-from tinystories_jax.training.jsonl import append_jsonl
-from tinystories_jax.training.metrics import (
-    MetricsLog,
-    ProgressLine,
-    drop_after,
-    flops_per_token,
-    model_flops_utilization,
-)
+from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, max_checkpoints
+from tinystories_jax.training.environment import describe_environment, recorded_start
+from tinystories_jax.training.jsonl import JsonLines
+from tinystories_jax.training.memory import fitting_micro_batch, is_out_of_memory
+from tinystories_jax.training.meta import History, Meta, NotFiniteError
+from tinystories_jax.training.metrics import MetricsLog, ProgressLine, flops_per_token, model_flops_utilization
 from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.run_folder import warn_of_damage, write_run
 from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
 
 _STORIES_PER_PROMPT = 4  # at each evaluation: enough to see articles appear, little enough to hold nothing up
+_SPIKE_WINDOW = 100  # updates whose median a loss spike stands out from
 _NON_FINITE_ADVICE = (
     "In a new --workdir try a lower --config.optim.learning_rate, a longer --config.optim.warmup_updates, "
     "or --config.model.dtype=float32"
@@ -89,7 +88,7 @@ class TrainResult:
 
 
 def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
-    """Trains on `data` until `config` is fulfilled, from the latest checkpoint in `workdir` if there is one.
+    """Trains on `data` until `config` is fulfilled, from the latest sound checkpoint in `workdir` if there is one.
 
     Raises `UserError` for anything that the user can mend; what was saved before stays.
     """
@@ -99,7 +98,6 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
     schedule = config.schedule
     assert schedule is not None
     check_prompts(data.tokenizer, config.sample.prompts, config.data.sequence_length)
-    _claim_workdir(workdir, config, data.tokenizer)
     _announce(config, workdir)
     article_mask_V = article_mask(data.tokenizer.article_ids, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config)
@@ -109,24 +107,21 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
 
     with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
         fresh = jax.jit(lambda: init_state(config, optimizer))()
-        state, update = _start_or_resume(checkpoints, fresh, config, data)
-        drop_after(workdir / "samples.jsonl", update)
-        resumed_at = update
-        writes_board = config.logging.tensorboard and update < schedule.total_updates
+        state, meta = _start_or_resume(checkpoints, fresh, _meta(config, data), workdir)
+        update = resumed_at = meta.update
         with (
-            MetricsLog(workdir, resume_after=update, tensorboard=writes_board) as log,
-            ProgressLine(total=schedule.total_updates, initial=update) as progress,
+            _Logs(workdir, meta, tensorboard=update < schedule.total_updates) as logs,
             contextlib.ExitStack() as record,
         ):
-            if update < schedule.total_updates and not _out_of_patience(config, log):
-                record.enter_context(recorded_start(workdir))
-            meter = _Meter(config, update, log.seconds)
-            while update < schedule.total_updates and not stop.signal and not _out_of_patience(config, log):
+            if update < schedule.total_updates and not _out_of_patience(config, logs.metrics):
+                record.enter_context(recorded_start(workdir, resumed=update > 0))
+            meter = _Meter(config, update, meta.history)
+            while update < schedule.total_updates and not stop.signal and not _out_of_patience(config, logs.metrics):
                 for micro_step in range(update * micro_steps, (update + 1) * micro_steps):
                     block = meter.wait_for(_load_block, data, config, micro_step)
                     state, metrics = train_step(state, block, article_mask_V)
                     if meter.is_due():  # figures up to the update before, read while the device is busy with this one
-                        log.write(_look(meter, log, progress, checkpoints))
+                        logs.metrics.write(_look(meter, logs, checkpoints))
                     meter.add(metrics)
                 update += 1
                 last = update == schedule.total_updates
@@ -134,35 +129,70 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
                 saves = last or update % config.checkpoint.every == 0 or update in epoch_ends
                 if not (evaluates or saves):
                     continue
-                rows = _look(meter, log, progress, checkpoints)
-                valid_loss = None
+                rows = _look(meter, logs, checkpoints)
                 if evaluates:
-                    valid_loss, improved = _evaluate(state.params, data, config, log, rows, progress)
-                    _sample(state.params, data.tokenizer, config, workdir, rows[-1], progress)
+                    improved = _evaluate(state.params, data, config, logs, rows)
+                    _sample(state.params, data.tokenizer, config, logs, rows[-1])
                     saves = saves or improved
-                log.write(rows)
+                logs.metrics.write(rows)
                 if saves:
-                    checkpoints.save(state, _meta(update, config, data), valid_loss=valid_loss)
+                    _save(checkpoints, state, logs.add_to(meta, update, meter))
                 meter.restart()
             # Stopped between two saves, by a signal or for lack of patience.
             if update and checkpoints.latest() != update:
-                log.write(_look(meter, log, progress, checkpoints))
-                checkpoints.save(state, _meta(update, config, data), valid_loss=None)
+                logs.metrics.write(_look(meter, logs, checkpoints))
+                _save(checkpoints, state, logs.add_to(meta, update, meter))
             checkpoints.wait()
             best_update = checkpoints.best()
-            best = log.evaluations.get(best_update, {}) if best_update is not None else {}
+            best = None if best_update is None else logs.metrics.evaluations[best_update]
             return TrainResult(
                 workdir=workdir,
                 update=update,
                 updates_done=update - resumed_at,
                 total_updates=schedule.total_updates,
                 best_update=best_update,
-                best_loss=best.get("valid/loss"),
-                bits_per_byte=best.get("valid/bits_per_byte"),
+                best_loss=best and best.loss,
+                bits_per_byte=best and best.bits_per_byte,
                 seconds=time.perf_counter() - started,
                 stopped_early=update < schedule.total_updates and not stop.signal,
                 signal=stop.signal if update < schedule.total_updates else None,
             )
+
+
+class _Logs:
+    """What a run tells while it goes on: metrics, samples and the line of progress."""
+
+    def __init__(self, workdir: Path, meta: Meta, *, tensorboard: bool):
+        """Opens the files as they were at the checkpoint that `meta` is of."""
+        assert meta.config.schedule is not None
+        evaluated = [evaluation.update for evaluation in meta.history.evaluations]
+        with contextlib.ExitStack() as stack:
+            path = workdir / "samples.jsonl"
+            self.samples = JsonLines(path, meta.logs.get("samples.jsonl"), updates=evaluated, once=False)
+            stack.callback(self.samples.close)
+            metrics = MetricsLog(
+                workdir,
+                history=meta.history,
+                state=meta.logs.get("metrics.jsonl"),
+                update=meta.update,
+                tensorboard=tensorboard and meta.config.logging.tensorboard,
+            )
+            self.metrics = stack.enter_context(metrics)
+            progress = ProgressLine(total=meta.config.schedule.total_updates, initial=meta.update)
+            self.progress = stack.enter_context(progress)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "_Logs":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def add_to(self, meta: Meta, update: int, meter: "_Meter") -> Meta:
+        """Returns the meta of the checkpoint of `update`."""
+        history = History(tuple(self.metrics.evaluations.values()), tuple(meter.recent_losses), meter.run_seconds())
+        states = {"metrics.jsonl": self.metrics.state, "samples.jsonl": self.samples.state}
+        return dataclasses.replace(meta, update=update, history=history, logs=states)
 
 
 def _load_block(data: PreparedData, config: Config, micro_step: int) -> jax.Array:
@@ -177,36 +207,10 @@ def _load_block(data: PreparedData, config: Config, micro_step: int) -> jax.Arra
     )
 
 
-def _meta(update: int, config: Config, data: PreparedData) -> Meta:
-    return Meta(update, config, data.tokenizer, *_fingerprints(data))
-
-
-def _fingerprints(data: PreparedData) -> tuple[str, str]:
-    return data.train.manifest.fingerprint, data.valid.manifest.fingerprint
-
-
-def _claim_workdir(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> None:
-    """Writes config and tokenizer into the run; refuses one with checkpoints that `config` would not continue."""
-    path = workdir / "config.json"
-    if path.exists() and has_checkpoint(workdir):
-        try:
-            of_run = from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, UserError) as error:
-            raise UserError(f"{path}: cannot be read as a run's config ({error}); give another --workdir") from error
-        differing = contradictions(of_run, config)
-        stored = load_tokenizer(workdir / "tokenizer")
-        if stored.sha256 != tokenizer.sha256:
-            differing.append(f"tokenizer: the run has SHA-256 {stored.sha256[:16]}, requested {tokenizer.sha256[:16]}")
-        if differing:
-            raise UserError(
-                [f"{workdir} holds another run; give another --workdir, or the run's own values:"]
-                + [f"  {line}" for line in differing]
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, workdir / "tokenizer")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def _meta(config: Config, data: PreparedData) -> Meta:
+    """Returns what a checkpoint before the first update would say."""
+    fingerprints = data.train.manifest.fingerprint, data.valid.manifest.fingerprint
+    return Meta(0, config, data.tokenizer, *fingerprints, describe_environment())
 
 
 def _announce(config: Config, workdir: Path) -> None:
@@ -230,65 +234,53 @@ def _announce(config: Config, workdir: Path) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
-def _start_or_resume(
-    checkpoints: Checkpoints, fresh: TrainState, config: Config, data: PreparedData
-) -> tuple[TrainState, int]:
-    latest = checkpoints.latest()
-    if latest is None:
-        return fresh, 0
-    state, meta = checkpoints.restore(latest, fresh)
-    # Again, and against the checkpoint itself: config.json may have been lost or replaced.
-    if differing := contradictions(meta.config, config):
-        raise UserError(
-            [f"{checkpoints.folder.parent} holds checkpoints of another run; give another --workdir or these:"]
-            + [f"  {line}" for line in differing]
-        )
-    for split, saved, now in zip(
-        ("train", "validation"), (meta.train_fingerprint, meta.valid_fingerprint), _fingerprints(data), strict=True
-    ):
-        if saved != now:
-            before, given = dataclasses.asdict(meta.config.data), dataclasses.asdict(config.data)
-            differing = [
-                f"data.{key}: {before[key]!r} then, {given[key]!r} now" for key in given if before[key] != given[key]
-            ]
-            raise UserError(
-                f"{checkpoints.folder.parent}: the run was trained on other stories (its {split} cache is {saved[:16]}"
-                f", the data now gives {now[:16]}; {'; '.join(differing) or 'the same fields, so other contents'}); "
-                "give back the same stories, or another --workdir"
-            )
-    finished = meta.config.schedule is not None and latest >= meta.config.schedule.total_updates
-    print(f"resumed   after update {latest:,}{', nothing left to do' * finished}", file=sys.stderr)
-    return state, latest
+def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, now: Meta, workdir: Path) -> tuple[TrainState, Meta]:
+    """Returns the state to go on from, and `now` with what its checkpoint knows; writes what the run is made from."""
+    restored = checkpoints.restore_latest(fresh, now)
+    if restored is not None:
+        state, saved = restored
+        warn_of_damage(workdir, saved.config, saved.tokenizer)
+    write_run(workdir, now.config, now.tokenizer)
+    if restored is None:
+        return fresh, now
+    assert now.config.schedule is not None
+    finished = saved.update >= now.config.schedule.total_updates
+    print(f"resumed   after update {saved.update:,}{', nothing left to do' * finished}", file=sys.stderr)
+    return state, dataclasses.replace(now, update=saved.update, history=saved.history, logs=saved.logs)
 
 
-def _look(meter: "_Meter", log: MetricsLog, progress: ProgressLine, checkpoints: Checkpoints) -> list[dict[str, Any]]:
+def _look(meter: "_Meter", logs: _Logs, checkpoints: Checkpoints) -> list[dict[str, Any]]:
     """Waits for the device; returns the rows not written yet, and raises what went wrong since the last look."""
     rows, problem = meter.read()
     if problem:
-        log.write(rows)
-        last = checkpoints.latest()
-        kept = "no checkpoint was saved" if last is None else f"the last checkpoint is update {last}"
-        raise UserError(f"{problem}; {kept}. {_NON_FINITE_ADVICE}")
+        logs.metrics.write(rows)
+        # A save that is under way counts only when it has succeeded; when it fails, that is said beside.
+        failed_save: tuple[str, ...] = ()
+        try:
+            checkpoints.wait()
+        except UserError as error:
+            failed_save = error.problems
+        raise UserError([f"{problem}; {_last_checkpoint(checkpoints)}. {_NON_FINITE_ADVICE}", *failed_save])
     checkpoints.check()
+    for row in rows:
+        if row.get("train/loss_spike"):
+            logs.progress.note(
+                f"warning: update {row['update']}: a training loss of {row['train/loss']:.4f} is a spike, more than "
+                "logging.loss_spike_factor times the median before it; training goes on"
+            )
     if rows:
-        progress.show(rows[-1]["update"], text=meter.text(rows[-1]), eta_seconds=meter.eta_seconds())
+        logs.progress.show(rows[-1]["update"], text=meter.text(rows[-1]), eta_seconds=meter.eta_seconds())
     return rows
 
 
-def _evaluate(
-    params: Params,
-    data: PreparedData,
-    config: Config,
-    log: MetricsLog,
-    rows: list[dict[str, Any]],
-    progress: ProgressLine,
-) -> tuple[float, bool]:
-    """Adds the validation scores to the newest row; returns the loss and whether it is the best so far."""
+def _evaluate(params: Params, data: PreparedData, config: Config, logs: _Logs, rows: list[dict[str, Any]]) -> bool:
+    """Adds the validation scores to the newest row; returns whether the loss is the best so far."""
     scores = validate(params, data.valid, config, data.tokenizer.article_forms)
     if not math.isfinite(scores.loss):
-        log.write(rows)
+        logs.metrics.write(rows)
         raise UserError(f"update {rows[-1]['update']}: the validation loss is not finite. {_NON_FINITE_ADVICE}")
-    improved = scores.loss < min((row["valid/loss"] for row in log.evaluations.values()), default=float("inf"))
+    earlier = logs.metrics.evaluations.values()
+    improved = scores.loss < min((evaluation.loss for evaluation in earlier), default=float("inf"))
     rows[-1] |= {
         "valid/loss": scores.loss,
         "valid/bits_per_byte": scores.bits_per_byte,
@@ -296,21 +288,14 @@ def _evaluate(
         "valid/article_recall": scores.all_articles.recall,
     }
     best = " (best)" if improved else ""
-    progress.note(
+    logs.progress.note(
         f"update {rows[-1]['update']}: validation loss {scores.loss:.4f}, {scores.bits_per_byte:.4f} bits per byte, "
         f"articles: loss {scores.all_articles.loss:.3f}, recall {scores.all_articles.recall:.1%}{best}"
     )
-    return scores.loss, improved
+    return improved
 
 
-def _sample(
-    params: Params,
-    tokenizer: StoryTokenizer,
-    config: Config,
-    workdir: Path,
-    row: dict[str, Any],
-    progress: ProgressLine,
-) -> None:
+def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, logs: _Logs, row: dict[str, Any]) -> None:
     """Writes a few stories per configured prompt into samples.jsonl, adds their scores to `row`, and shows one."""
     stories = write_stories(
         params,
@@ -321,9 +306,7 @@ def _sample(
         seed=config.seed,
         max_new_tokens=config.sample.max_new_tokens,
     )
-    append_jsonl(
-        workdir / "samples.jsonl", [{"update": row["update"], **dataclasses.asdict(story)} for story in stories]
-    )
+    logs.samples.write({"update": row["update"], **dataclasses.asdict(story)} for story in stories)
     checks_grammar = checker_problem() is None
     scores = score_stories(
         [story.text for story in stories],
@@ -335,12 +318,24 @@ def _sample(
     if checks_grammar:
         row["samples/grammar"] = scores.grammar
         said += f", grammar {scores.grammar:.1f} of 10"
-    progress.note(f"update {row['update']}: {said}, for instance\n{textwrap.indent(stories[0].text, '  | ')}")
+    logs.progress.note(f"update {row['update']}: {said}, for instance\n{textwrap.indent(stories[0].text, '  | ')}")
+
+
+def _save(checkpoints: Checkpoints, state: TrainState, meta: Meta) -> None:
+    try:
+        checkpoints.save(state, meta)
+    except NotFiniteError as error:  # the loss and the gradient were finite, the update with them is not
+        raise UserError(f"{error}; {_last_checkpoint(checkpoints)}. {_NON_FINITE_ADVICE}") from error
+
+
+def _last_checkpoint(checkpoints: Checkpoints) -> str:
+    last = checkpoints.latest()
+    return "no checkpoint was saved" if last is None else f"the last checkpoint is update {last}"
 
 
 def _out_of_patience(config: Config, log: MetricsLog) -> bool:
     patience = config.eval.early_stopping_patience
-    losses = [row["valid/loss"] for row in log.evaluations.values()]
+    losses = [evaluation.loss for evaluation in log.evaluations.values()]
     return bool(patience and losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
 
 
@@ -352,9 +347,10 @@ class _Meter:
     work queued meanwhile, it is what the device can have waited at most.
     """
 
-    def __init__(self, config: Config, update: int, seconds_before: float):
+    def __init__(self, config: Config, update: int, history: History):
         assert config.schedule is not None
-        self._run_began = time.perf_counter() - seconds_before
+        self._run_began = time.perf_counter() - history.seconds
+        self.recent_losses = deque(history.recent_losses, maxlen=_SPIKE_WINDOW)
         self._config, self._schedule = config, config.schedule
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._pending: list[StepMetrics] = []
@@ -372,6 +368,10 @@ class _Meter:
         self._waited += time.perf_counter() - began
         return block
 
+    def run_seconds(self) -> float:
+        """Returns the run's wall time after its data was ready, compiling and evaluations included, of all processes"""
+        return time.perf_counter() - self._run_began
+
     def add(self, metrics: StepMetrics) -> None:
         self._pending.append(metrics)
 
@@ -384,8 +384,8 @@ class _Meter:
     def read(self) -> tuple[list[dict[str, Any]], str | None]:
         """Waits for the device; returns one row per update since the last call, times on the newest one.
 
-        `seconds` counts the run's wall time after its data was ready, compiling and evaluations included, over all the
-        processes that it took. The rows end before an update that is not finite, which the second value then describes.
+        `seconds` are those of `run_seconds`. The rows end before an update that is not finite, which the second value
+        then describes.
         """
         per_update = self._config.train.grad_accum_steps
         values = np.array(jax.device_get(self._pending), np.float64).reshape(-1, per_update, 3)
@@ -398,18 +398,19 @@ class _Meter:
                 what = "loss" if not np.isfinite(micro_steps[:, 0]).all() else "gradient"
                 return rows, f"update {self._update + 1}: the {what} is not finite"
             self._update += 1
-            rows.append(
-                {
-                    "update": self._update,
-                    "epoch": self._schedule.epoch_at(self._update),
-                    "tokens": self._update * tokens_per_update,
-                    "train/loss": float(micro_steps[:, 0].mean()),
-                    "train/grad_norm": float(micro_steps[-1, 1]),
-                    "train/learning_rate": float(micro_steps[-1, 2]),
-                }
-            )
+            row: dict[str, Any] = {
+                "update": self._update,
+                "epoch": self._schedule.epoch_at(self._update),
+                "tokens": self._update * tokens_per_update,
+                "train/loss": float(micro_steps[:, 0].mean()),
+                "train/grad_norm": float(micro_steps[-1, 1]),
+                "train/learning_rate": float(micro_steps[-1, 2]),
+            }
+            if self._is_spike(row["train/loss"]):
+                row["train/loss_spike"] = True
+            rows.append(row)
         if rows:
-            rows[-1]["seconds"] = time.perf_counter() - self._run_began
+            rows[-1]["seconds"] = self.run_seconds()
         if rows and self._update > self._first_update:
             self._speed = len(rows) * tokens_per_update / seconds
             rows[-1] |= {
@@ -419,6 +420,12 @@ class _Meter:
             }
         self.restart()
         return rows, None
+
+    def _is_spike(self, loss: float) -> bool:
+        """Notes the loss of an update; says whether it stands out among those before it."""
+        before, factor = list(self.recent_losses), self._config.logging.loss_spike_factor
+        self.recent_losses.append(loss)
+        return bool(factor and before) and loss > factor * statistics.median(before)
 
     def eta_seconds(self) -> float | None:
         left = (self._schedule.total_updates - self._update) * self._schedule.blocks_per_update
@@ -468,12 +475,18 @@ def _explain_out_of_memory(config: Config) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        batch_size, micro_steps = config.train.batch_size, config.train.grad_accum_steps
+        what = f"out of memory on {jax.devices()[0].device_kind} with train.batch_size={config.train.batch_size}"
+        print(f"{what}; compiling smaller micro-batches to see which fits", file=sys.stderr, flush=True)
+        fitting = fitting_micro_batch(config)
+        if fitting is None:
+            raise UserError(
+                f"{what}, and no smaller micro-batch fits; try a smaller model, a shorter "
+                "--config.data.sequence_length, or --config.model.remat=True"
+            ) from error
         raise UserError(
-            f"out of memory on {jax.devices()[0].device_kind} with train.batch_size={batch_size}; "
-            f"try --config.train.batch_size={max(1, batch_size // 2)} "
-            f"--config.train.grad_accum_steps={micro_steps * 2}, the same update in smaller pieces, in another "
-            "--workdir if this one has checkpoints; or --config.model.remat=True, slower"
+            f"{what}; this fits: --config.train.batch_size={fitting[0]} --config.train.grad_accum_steps={fitting[1]}, "
+            "the same update in smaller pieces, in another --workdir if this one has checkpoints; or try "
+            "--config.model.remat=True, slower"
         ) from error

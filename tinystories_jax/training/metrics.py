@@ -1,20 +1,24 @@
 """What a run says about itself: metrics.jsonl (the source of truth), TensorBoard, the progress line, FLOPs and MFU."""
 
-import json
 import math
-import os
+import struct
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training.jsonl import read_jsonl
+from tinystories_jax.training.jsonl import FileState, JsonLines
+from tinystories_jax.training.meta import Evaluation, History
+from tinystories_jax.training.run_folder import append, cannot_write, open_unbuffered
 
 PEAK_SOURCE = "dense bf16 with float32 accumulation, from NVIDIA's data sheets and architecture white papers"
 # Peaks in FLOP/s (H100/H200: 989.4 for SXM; PCIe 756, NVL 835; Ada: 165.2 for the RTX 4090; Blackwell: 209.5 for the
@@ -68,20 +72,14 @@ def model_flops_utilization(tokens_per_second: float, flops_per_token: float) ->
 class MetricsLog:
     """Appends rows to WORKDIR/metrics.jsonl and to TensorBoard; each update stands there exactly once.
 
-    `evaluations` holds the rows with a validation loss, by update, in order; `seconds` what the run had taken when it
-    was opened.
+    `evaluations` holds the validation losses of the run, by update and in order.
     """
 
-    def __init__(self, workdir: Path, *, resume_after: int, tensorboard: bool):
-        """Opens the log of a run that goes on after update `resume_after`; later rows of a lost stretch are dropped."""
-        path = workdir / "metrics.jsonl"
-        rows = _keep_until(path, resume_after)
-        self.evaluations = {row["update"]: row for row in rows if row.get("valid/loss") is not None}
-        self.seconds: float = max((row["seconds"] for row in rows if "seconds" in row), default=0.0)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_after + 1 if rows else None)
+    def __init__(self, workdir: Path, *, history: History, state: FileState | None, update: int, tensorboard: bool):
+        """Opens the log of a run that goes on after `update`, when the file was at `state` (None: from the start)."""
+        self.evaluations = {evaluation.update: evaluation for evaluation in history.evaluations}
+        self._file = JsonLines(workdir / "metrics.jsonl", state, updates=range(1, update + 1), once=True)
+        self._board = _Board(workdir / "tensorboard", update) if tensorboard else None
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -91,37 +89,65 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
 
+    @property
+    def state(self) -> FileState:
+        """What a checkpoint must know to go on with the file."""
+        return self._file.state
+
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes rows that each hold at least `update`; nan becomes null, since JSON has none."""
+        finite: list[dict[str, Any]] = [
+            {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+            for row in rows
+        ]
+        self._file.write(finite)
+        for row in finite:
+            if row.get("valid/loss") is not None:
+                update = row["update"]
+                self.evaluations[update] = Evaluation(update, row["valid/loss"], row["valid/bits_per_byte"])
+        if self._board is not None:
+            self._board.write(finite)
+
+
+class _Board:
+    """TensorBoard's event file, written as it is called.
+
+    tensorboardX's own SummaryWriter writes in a thread, which a full disk ends; then every call waits for it for good.
+    """
+
+    def __init__(self, folder: Path, update: int):
+        """Opens a file that goes on after `update`; what earlier files say of later updates is hidden."""
+        # TensorBoard reads a run's files in the order of their names.
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        self._file = open_unbuffered(self._path, keep_bytes=0)
+        self._append([Event(file_version="brain.Event:2")])
+        if update:
+            self._append([Event(step=update + 1, session_log=SessionLog(status=SessionLog.START))])
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        events = []
         for row in rows:
-            values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-            self._file.write(json.dumps(values, allow_nan=False) + "\n")
-            if values.get("valid/loss") is not None:
-                self.evaluations[values["update"]] = values
-            for key, value in values.items():
-                if self._board is not None and value is not None and key != "update":
-                    self._board.add_scalar(key, value, row["update"])
-        self._file.flush()
+            values = [(key, value) for key, value in row.items() if value is not None and key != "update"]
+            summary = Summary(value=[Summary.Value(tag=key, simple_value=float(value)) for key, value in values])
+            events.append(Event(step=row["update"], summary=summary))
+        self._append(events)
 
+    def close(self) -> None:
+        self._file.close()
 
-def drop_after(path: Path, update: int) -> None:
-    """Removes the rows of `path` that stand after `update`, those of a stretch that a restart does again."""
-    _keep_until(path, update)
-
-
-def _keep_until(path: Path, update: int) -> list[dict[str, Any]]:
-    """Returns the rows up to `update`, after removing all else from the file: the lost stretch is done again."""
-    if not path.exists():
-        return []
-    # Damaged rows go: what a killed process was writing stands for an update that is done again.
-    rows = [row for row in read_jsonl(path)[0] if row["update"] <= update]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return rows
+    def _append(self, events: Sequence[Any]) -> None:
+        framed = b""
+        for event in events:
+            event.wall_time = time.time()
+            data = event.SerializeToString()
+            # A TFRecord: length and data, each with its checksum.
+            length = struct.pack("<Q", len(data))
+            framed += length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+        append(self._file, framed, self._path)
 
 
 class ProgressLine:

@@ -1,0 +1,85 @@
+"""What the real `train_step` needs of the device's memory, by XLA's own analysis; it is compiled and nothing is run."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinystories_jax.config import Config
+from tinystories_jax.evaluation.validation import article_mask
+from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.steps import init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """XLA's memory analysis of a compiled `train_step`. Aliased outputs take the place of donated arguments."""
+
+    arguments_bytes: int
+    outputs_bytes: int
+    aliased_bytes: int
+    temporaries_bytes: int
+    total_bytes: int
+
+
+def compile_step(config: Config, rows: int) -> Any:
+    """Returns `train_step` compiled for micro-batches of `rows` rows; nothing is allocated."""
+    assert config.schedule is not None
+    optimizer = make_optimizer(config)
+    train_step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
+    block = jax.ShapeDtypeStruct((rows, config.data.sequence_length + 1), np.int32)
+    return train_step.lower(state, block, article_mask((), config.model.vocab_size)).compile()
+
+
+def read_memory(compiled: Any) -> StepMemory:
+    """Returns the memory of what `compile_step` returned."""
+    analysis = compiled.memory_analysis()
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
+    return StepMemory(arguments, outputs, aliased, temporaries, arguments + outputs - aliased + temporaries)
+
+
+def step_memory(config: Config, rows: int) -> StepMemory:
+    """Returns what `train_step` needs for micro-batches of `rows` rows."""
+    return read_memory(compile_step(config, rows))
+
+
+def device_memory_bytes() -> int:
+    """Returns the memory that this device lets a program use; the machine's where the device does not say."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def fitting_micro_batch(config: Config) -> tuple[int, int] | None:
+    """Returns the rows and the number of the largest smaller micro-batches that make the same update and fit.
+
+    None where not even one row fits. Each is about half of the one before, and compiled to be sure.
+    """
+    for rows, micro_steps in smaller_micro_batches(config):
+        try:
+            needed = step_memory(config, rows).total_bytes
+        except jax.errors.JaxRuntimeError as error:  # compiling tries kernels out, in what memory is left
+            if not is_out_of_memory(error):
+                raise
+            continue
+        if needed <= device_memory_bytes():
+            return rows, micro_steps
+    return None
+
+
+def smaller_micro_batches(config: Config) -> Iterator[tuple[int, int]]:
+    """Yields rows and number of micro-batches of the same update, each at most half as large as the one before."""
+    per_update, rows = config.train.batch_size * config.train.grad_accum_steps, config.train.batch_size
+    while rows > 1:
+        rows = max(size for size in range(1, rows // 2 + 1) if per_update % size == 0)
+        yield rows, per_update // rows
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
