@@ -15,7 +15,7 @@ _USER_EXIT = 2
 # What a full, read-only, missing or occupied place on a disk says; anything else from the system is a bug of ours.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_MENDABLE = _FULL | _CLOSED | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_MENDABLE = _FULL | _CLOSED | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def run(main: Callable[..., int | None], *, positional: str = "", at_least: int = 0, at_most: int | None = 0) -> None:
