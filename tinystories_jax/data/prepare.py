@@ -291,9 +291,11 @@ def _store_tokenizer(tokenizer: StoryTokenizer, trained_on: dict[str, object], f
 def _open_tokenizer(folder: Path, fingerprint: str) -> StoryTokenizer:
     try:
         meta = parse_json(read_small_file(folder / _META_FILE, _MAX_META_BYTES), _META_FILE)
+        if not isinstance(meta, dict) or not {"fingerprint", "tokenizer_sha256"} <= set(meta):
+            raise ValueError(f"{_META_FILE} has no fields fingerprint and tokenizer_sha256")
         found = (meta["fingerprint"], meta["tokenizer_sha256"])
         tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"stored tokenizer {folder} is damaged ({error}); rebuild it with: {rebuild_command()}"
         ) from error

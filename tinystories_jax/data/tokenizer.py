@@ -137,13 +137,16 @@ def parse_tokenizer(json_text: str, where: str) -> StoryTokenizer:
     except ValueError as error:
         raise UserError(f"{error}; give a tokenizer.json") from error
     try:
-        backend = Tokenizer.from_str(json_text)
-    except Exception as error:  # the library raises nothing more precise
-        raise UserError(f"{where} is not a tokenizer that the tokenizers library can read: {error}") from error
-    tokenizer = StoryTokenizer(json_text, backend)
-    problem = _find_problem(tokenizer)
+        tokenizer = StoryTokenizer(json_text, Tokenizer.from_str(json_text))
+        problem = _find_problem(tokenizer)
+    except BaseException as error:
+        # The library raises nothing more precise than Exception, and not even that where its Rust code panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} is not a tokenizer that the tokenizers library can use: {reason:.300}") from error
     if problem:
-        raise UserError(f"{where}: {problem}")
+        raise UserError(f"{where}: {problem:.500}")
     return tokenizer
 
 
