@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sync
+from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sync, write_file
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer, batch_stories
 from tinystories_jax.errors import UserError
@@ -104,9 +104,7 @@ def write_cache(
             **vars(counts),
         }
         manifest = Manifest(**values, checksum=fingerprint_of(values))
-        with (building / MANIFEST_FILE).open("wb") as file:
-            file.write(json.dumps(asdict(manifest), indent=1).encode())
-            sync(file)
+        write_file(building / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1).encode())
     return manifest
 
 

@@ -105,6 +105,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a new file; returns when it is on the disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        sync(file)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes `path` at once or not at all; a link there is replaced and not followed. Raises OSError."""
     temporary = path.with_name(f".{path.name}.building")
@@ -113,9 +120,7 @@ def replace_file(path: Path, content: bytes) -> None:
     with locked(path.with_name(f".{path.name}.lock"), when_held=lambda owner: None):
         try:
             temporary.unlink(missing_ok=True)
-            with temporary.open("xb") as file:
-                file.write(content)
-                sync(file)
+            write_file(temporary, content)
             temporary.replace(path)
         finally:
             with suppress(OSError):

@@ -22,7 +22,7 @@ from tinystories_jax.data.cache import (
     open_cache,
     write_cache,
 )
-from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sole_builder, sync
+from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sole_builder, write_file
 from tinystories_jax.data.stories import (
     SeenStories,
     StoryReport,
@@ -35,7 +35,6 @@ from tinystories_jax.data.tokenizer import (
     TOKENIZER_FILE,
     StoryTokenizer,
     load_tokenizer,
-    save_tokenizer,
     train_bpe,
 )
 from tinystories_jax.errors import UserError
@@ -282,10 +281,8 @@ def _train_tokenizer(
 def _store_tokenizer(tokenizer: StoryTokenizer, trained_on: dict[str, object], folder: Path, *, replace: bool) -> None:
     meta = {**trained_on, "fingerprint": fingerprint_of(trained_on), "tokenizer_sha256": tokenizer.sha256}
     with new_folder(folder, replace=replace) as building:
-        save_tokenizer(tokenizer, building)
-        with (building / _META_FILE).open("wb") as file:
-            file.write(json.dumps(meta, indent=1).encode())
-            sync(file)
+        write_file(building / TOKENIZER_FILE, tokenizer.json.encode())
+        write_file(building / _META_FILE, json.dumps(meta, indent=1).encode())
 
 
 def _open_tokenizer(folder: Path, fingerprint: str) -> StoryTokenizer:
