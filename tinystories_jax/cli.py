@@ -1,6 +1,7 @@
 """Runs a script's main function with the exit codes all scripts share: 0, 2 for the user, 130 / 143 for signals."""
 
 import errno
+import io
 import re
 import signal
 import sys
@@ -26,6 +27,9 @@ def run(main: Callable[..., int | None], *, positional: str = "", at_least: int 
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app.define_help_flags()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path may hold bytes that are no text, and a terminal may not know every character of a story.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = _parse_flags()
         _check_count(arguments, positional, at_least, at_most)
@@ -41,6 +45,8 @@ def run(main: Callable[..., int | None], *, positional: str = "", at_least: int 
             raise
         place = error.filename or "a file of this run"
         code = _complain([f"{place}: {error.strerror}; make room there, or give a place that can be written"])
+    except MemoryError:
+        code = _complain(["this machine has too little memory for what is asked; scripts/plan.py says what it takes"])
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -23,7 +23,8 @@ class SmallDisk:
         )
         self.kind = "tmpfs"
         if mounted.returncode:
-            self.kind, self._limit = "RLIMIT_FSIZE", num_bytes
+            # Of one file, for want of a limit on all: so it is less.
+            self.kind, self._limit = "RLIMIT_FSIZE", num_bytes // 2
 
     def grow(self) -> None:
         if self.kind == "tmpfs":

@@ -146,8 +146,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, int, str]]:
 
     size, row = path.stat().st_size, 0
     try:
-        # Without a buffer size, whole column chunks are read ahead: hundreds of megabytes.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
+        # An open file, since a name is tried as a URI. Without a buffer size, whole column chunks are read ahead.
+        with path.open("rb") as opened, pq.ParquetFile(opened, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
             names = file.schema_arrow.names
             field = next((field for field in _FIELDS if field in names), None)
             if field is None:
