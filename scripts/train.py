@@ -43,9 +43,16 @@ def _train(config: Config, workdir: Path) -> int:
     result = train(config, data, workdir)
     print(result.summary())
     # A rerun that had nothing to do leaves the run as it was.
-    if result.updates_done or not (result.workdir / "report.html").exists():
-        _report(result.workdir)
+    if result.updates_done or not _has_report(workdir):
+        _report(workdir)
     return 128 + result.signal if result.signal else 0
+
+
+def _has_report(workdir: Path) -> bool:
+    """Says whether the report is newer than every checkpoint; a process may have been killed before writing it."""
+    report = workdir / "report.html"
+    saved = [path.stat().st_mtime_ns for path in (workdir / "checkpoints").iterdir()]
+    return report.exists() and report.stat().st_mtime_ns > max(saved, default=0)
 
 
 def _report(workdir: Path) -> None:

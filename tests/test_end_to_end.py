@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -271,6 +272,14 @@ def test_rerunning_a_finished_run_changes_nothing_reuses_the_cache_and_says_so(f
     assert contents_of(finished) == before
     assert contents_of(place.cache) == cached
     assert result.stderr.count(": reusing ") == 3  # the tokenizer, the training and the validation split
+
+
+def test_a_report_older_than_the_last_checkpoint_is_written_again(finished, place, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "report.html").write_text("Stopped")
+    os.utime(workdir / "report.html", (1e9, 1e9))
+    assert place.train(workdir).returncode == 0
+    assert f"Finished: {total_updates(workdir)} updates" in (workdir / "report.html").read_text()
 
 
 # ---- sampling

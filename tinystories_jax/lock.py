@@ -65,7 +65,7 @@ def _acquire(path: Path, when_held: Callable[[str], None]) -> int | None:
     while True:
         with ExitStack() as on_failure:
             # A link there is not followed: it may lead to a file that is none of ours.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             on_failure.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

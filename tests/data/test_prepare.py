@@ -254,7 +254,19 @@ def test_of_two_builders_one_builds_and_the_other_waits(place, kind, first_build
     assert not place.said(f"{made if first_builder == 'finishes' else 'reusing'} {folder}")
     assert data.train.manifest == built.train.manifest
     assert not left_behind.exists()
-    assert [path.name for path in (place.folder / "cache").rglob(".*")] == []
+    assert list((place.folder / "cache").rglob(".*")) == []
+
+
+def test_what_a_builder_left_that_was_killed_when_it_was_done_goes(place):
+    built = place.prepare()
+    left = [folder.with_name(f".{folder.name}.lock") for folder in (place.folders("tokenizers")[0], built.train.folder)]
+    left.append(built.valid.folder.with_name(f".{built.valid.folder.name}.lock"))
+    for path in left:
+        path.touch()
+    built.valid.folder.with_name(f".{built.valid.folder.name}.building-1").mkdir()
+    place.prepare()
+    assert place.said("train: reusing")
+    assert list((place.folder / "cache").rglob(".*")) == []
 
 
 # ---- what is there already

@@ -15,6 +15,11 @@ from tinystories_jax.errors import UserError
 from tinystories_jax.lock import locked
 
 
+def is_built(folder: Path) -> bool:
+    """Says whether `folder` is there and nobody builds it, or was killed while doing so."""
+    return folder.exists() and not _lock_of(folder).exists()
+
+
 @contextmanager
 def sole_builder(folder: Path, *, log: Callable[[str], None]) -> Iterator[None]:
     """Keeps other builders of `folder` out, or waits for the one that is there; removes what killed ones have left.
@@ -25,12 +30,16 @@ def sole_builder(folder: Path, *, log: Callable[[str], None]) -> Iterator[None]:
     def wait(owner: str) -> None:
         log(f"waiting for {owner}, which builds {folder}")
 
-    with explain_disk(folder), locked(folder.with_name(f".{folder.name}.lock"), when_held=wait) as keeps_out:
+    with explain_disk(folder), locked(_lock_of(folder), when_held=wait) as keeps_out:
         if keeps_out:
             for path in folder.parent.iterdir():
                 if path.name.startswith(_temporary_prefix(folder)):
                     shutil.rmtree(path, ignore_errors=True)
         yield
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 @contextmanager
@@ -106,8 +115,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a new file; returns when it is on the disk."""
-    with path.open("xb") as file:
+    """Writes `path`; returns when it is on the disk."""
+    with path.open("wb") as file:
         file.write(content)
         sync(file)
 
@@ -115,16 +124,14 @@ def write_file(path: Path, content: bytes) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Writes `path` at once or not at all; a link there is replaced and not followed. Raises OSError."""
     temporary = path.with_name(f".{path.name}.building")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The lock lets every writer use one temporary name, so that what a killed one has left is found again.
-    with locked(path.with_name(f".{path.name}.lock"), when_held=lambda owner: None):
+    # The temporary file is its own lock. So every writer can use the one name, and finds what a killed one has left.
+    with locked(temporary, when_held=lambda owner: None):
         try:
-            temporary.unlink(missing_ok=True)
             write_file(temporary, content)
             temporary.replace(path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_small_file(path: Path, max_bytes: int) -> bytes:

@@ -22,7 +22,7 @@ from tinystories_jax.data.cache import (
     open_cache,
     write_cache,
 )
-from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sole_builder, write_file
+from tinystories_jax.data.folders import is_built, new_folder, parse_json, read_small_file, sole_builder, write_file
 from tinystories_jax.data.stories import (
     SeenStories,
     StoryReport,
@@ -251,7 +251,7 @@ def _trained_tokenizer(
     trained_on = _trained_on(data, config)
     fingerprint = fingerprint_of(trained_on)
     folder = _tokenizer_folder(data, fingerprint)
-    if rebuild or not folder.exists():
+    if rebuild or not is_built(folder):
         with sole_builder(folder, log=log):
             # Another process may have trained it while this one waited.
             if rebuild or not folder.exists():
@@ -330,7 +330,7 @@ def _prepare_cache(
 ) -> TokenCache:
     folder, fingerprint = _cache_place(source, identity, tokenizer, cache_dir)
     built = False
-    if rebuild or not folder.exists():
+    if rebuild or not is_built(folder):
         with sole_builder(folder, log=log):
             if rebuild or not folder.exists():
                 log(f"{source.split}: encoding the stories of {_name_of(source)}")
