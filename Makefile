@@ -1,4 +1,5 @@
 # make quickstart: from a clean clone to printed stories. make test: the whole suite. make check: lint, types, tests.
+# make faults: every fault in full (kills, damage, full disks, odd input, a long run), with a tally; about an hour.
 PYTHON ?= python3
 VENV ?= .venv
 # The CUDA 12 wheels where the driver shows a GPU, the CPU wheels elsewhere; override with REQUIREMENTS=requirements.txt.
@@ -6,7 +7,7 @@ REQUIREMENTS ?= $(shell if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo re
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: setup quickstart test lint check clean
+.PHONY: setup quickstart test faults lint check clean
 
 setup: $(VENV)/.setup
 
@@ -26,6 +27,9 @@ quickstart: $(VENV)/.setup
 
 test: $(VENV)/.setup-dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+faults: $(VENV)/.setup-dev
+	FAULTS=full JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/.setup-dev
 	$(BIN)/ruff check .

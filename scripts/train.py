@@ -12,8 +12,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from tinystories_jax import cli
-from tinystories_jax.config import resolve
-from tinystories_jax.data.prepare import check_can_be_made, prepare_data
+from tinystories_jax.config import Config, resolve
+from tinystories_jax.data.prepare import prepare_data
+from tinystories_jax.lock import sole_trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; runs/NAME_OF_THE_CONFIG when empty.")
@@ -25,7 +26,12 @@ def main() -> int:
     config = resolve(_CONFIG.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(_WORKDIR.value or f"runs/{name}")
-    check_can_be_made(workdir)
+    # Before anything is written there, and until the report stands.
+    with sole_trainer(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: Config, workdir: Path) -> int:
     data = prepare_data(config)
     # Imported once config and data are known to be sound: JAX takes seconds to start.
     from tinystories_jax.analysis.doctor import require_health
@@ -37,9 +43,16 @@ def main() -> int:
     result = train(config, data, workdir)
     print(result.summary())
     # A rerun that had nothing to do leaves the run as it was.
-    if result.updates_done or not (result.workdir / "report.html").exists():
-        _report(result.workdir)
+    if result.updates_done or not _has_report(workdir):
+        _report(workdir)
     return 128 + result.signal if result.signal else 0
+
+
+def _has_report(workdir: Path) -> bool:
+    """Says whether the report is newer than every checkpoint; a process may have been killed before writing it."""
+    report = workdir / "report.html"
+    saved = [path.stat().st_mtime_ns for path in (workdir / "checkpoints").iterdir()]
+    return report.exists() and report.stat().st_mtime_ns > max(saved, default=0)
 
 
 def _report(workdir: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ import pytest
 
 from tests.data.hub_stand_in import REVISION, HubDataset, hub_environment, hub_stand_in
 from tests.test_cli import ROOT, error_line, error_lines, interrupt, run_script, script_environment
+from tinystories_jax.lock import locked
 
 SEPARATOR = "\n<|endoftext|>\n"
 STORIES_PER_PROMPT = 4
@@ -272,6 +274,14 @@ def test_rerunning_a_finished_run_changes_nothing_reuses_the_cache_and_says_so(f
     assert result.stderr.count(": reusing ") == 3  # the tokenizer, the training and the validation split
 
 
+def test_a_report_older_than_the_last_checkpoint_is_written_again(finished, place, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "report.html").write_text("Stopped")
+    os.utime(workdir / "report.html", (1e9, 1e9))
+    assert place.train(workdir).returncode == 0
+    assert f"Finished: {total_updates(workdir)} updates" in (workdir / "report.html").read_text()
+
+
 # ---- sampling
 
 
@@ -427,6 +437,18 @@ def test_other_stories_are_refused_even_when_there_are_as_many_of_them(finished,
     swapped = write_txt(tmp_path / "swapped.txt", [*stories[1:], stories[0]])
     flags = [f"--config.data.train_files={swapped}", f"--config.tokenizer.path={finished / 'tokenizer'}"]
     assert "train cache" in error_line(place.train(finished, *flags), after_log=True)
+
+
+def test_a_second_trainer_is_refused_at_once_and_readers_are_not(finished, place):
+    before = contents_of(finished)
+    with locked(finished / "train.lock", when_held=print):
+        owner = (finished / "train.lock").read_text().strip()
+        line = error_line(place.train(finished))
+        assert line == f"error: {finished} is in use by {owner}; wait for it, or give another --workdir"
+        assert place.sample(f"--checkpoint={finished}", "--max_new_tokens=4").returncode == 0
+        assert run_script("report", str(finished), environment=place.environment).returncode == 0
+    assert set(contents_of(finished)) == set(before)
+    assert {**contents_of(finished), "report.html": ""} == {**before, "report.html": ""}
 
 
 # ---- other ways to the same

@@ -1,6 +1,7 @@
 """Runs a script's main function with the exit codes all scripts share: 0, 2 for the user, 130 / 143 for signals."""
 
 import errno
+import io
 import re
 import signal
 import sys
@@ -15,7 +16,7 @@ _USER_EXIT = 2
 # What a full, read-only, missing or occupied place on a disk says; anything else from the system is a bug of ours.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_MENDABLE = _FULL | _CLOSED | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_MENDABLE = _FULL | _CLOSED | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def run(main: Callable[..., int | None], *, positional: str = "", at_least: int = 0, at_most: int | None = 0) -> None:
@@ -26,6 +27,9 @@ def run(main: Callable[..., int | None], *, positional: str = "", at_least: int 
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app.define_help_flags()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path may hold bytes that are no text, and a terminal may not know every character of a story.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = _parse_flags()
         _check_count(arguments, positional, at_least, at_most)
@@ -41,6 +45,8 @@ def run(main: Callable[..., int | None], *, positional: str = "", at_least: int 
             raise
         place = error.filename or "a file of this run"
         code = _complain([f"{place}: {error.strerror}; make room there, or give a place that can be written"])
+    except MemoryError:
+        code = _complain(["this machine has too little memory for what is asked; scripts/plan.py says what it takes"])
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -164,9 +164,9 @@ def resolve(values: Mapping[str, Any]) -> Config:
         problems.append("seed is missing; add config.seed = 0")
     sections: dict[str, dict[str, Any]] = {}
     for name, section_type in _SECTIONS.items():
-        if not isinstance(values.get(name), Mapping) and not hasattr(values.get(name), "items"):
-            problems.append(f"section {name} is missing; see configs/top10k.py")
         present = dict(values[name].items()) if hasattr(values.get(name), "items") else {}
+        if not present:
+            problems.append(f"section {name} is missing; see configs/top10k.py")
         sections[name] = _read_section(name, section_type, present, problems)
     problems += _check_values(seed, sections)
     if problems:
@@ -190,6 +190,12 @@ def with_data(config: Config, *, vocab_size: int, num_blocks: int) -> Config:
     blocks_per_update = train.batch_size * train.grad_accum_steps
     total_updates = train.max_updates or -(-train.num_epochs * num_blocks // blocks_per_update)
     num_epochs = total_updates * blocks_per_update // num_blocks
+    if num_epochs > _MAX_EPOCHS:
+        raise UserError(
+            f"train.max_updates={train.max_updates:,} updates of {blocks_per_update:,} blocks (train.batch_size times "
+            f"train.grad_accum_steps) are {num_epochs:,} epochs of {num_blocks:,} blocks, more than {_MAX_EPOCHS:,}; "
+            "give more stories or fewer updates"
+        )
     epoch_ends = tuple(-(-epoch * num_blocks // blocks_per_update) for epoch in range(1, num_epochs + 1))
     schedule = Schedule(
         num_blocks=num_blocks,
@@ -273,21 +279,37 @@ def _derived_fields(section_type: type) -> list[str]:
 
 def _typed(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
     """Returns `value` as `hint` (int may stand for float, a list for a tuple), or notes a problem."""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if hint is float and isinstance(value, float) and math.isfinite(value):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    # A larger integer is not a float any more, nor would JSON give it back everywhere.
+    if is_number and isinstance(value, int) and abs(value) >= 2**53:
+        is_number = False
+    if hint is float and is_number:
+        return float(value)
+    if hint is int and is_number and isinstance(value, int):
         return value
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is str and isinstance(value, str):
+    if hint is str and _is_text(value):
         return value
-    if hint == tuple[str, ...] and isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+    if hint == tuple[str, ...] and isinstance(value, (tuple, list)) and all(map(_is_text, value)):
         return tuple(value)
     wanted = "a tuple of strings" if hint == tuple[str, ...] else f"a finite {hint.__name__}"
-    problems.append(f"{name}={value!r} must be {wanted if hint in (float, tuple[str, ...]) else hint.__name__}")
+    wanted = wanted if hint in (float, tuple[str, ...]) else hint.__name__
+    problems.append(f"{name}={_show(value)} must be {wanted}{' without null characters' * ('str' in wanted)}")
     return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value  # which ends a path
+
+
+def _show(value: Any) -> str:
+    """Returns `value` as it was given, within limits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list[str]:
@@ -327,6 +349,8 @@ def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list
     return problems + _check_model(sections["model"]) + _check_optim(sections["optim"])
 
 
+_MAX_HEADS = 1_024
+_MAX_EPOCHS = 1_000_000
 # (field, lowest, highest), both allowed.
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.max_stories", 0, 2**40),
@@ -335,14 +359,14 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("tokenizer.max_samples", 0, 2**40),
     ("model.d_model", 2, 65_536),
     ("model.num_layers", 1, 1_000),
-    ("model.num_heads", 1, 1_024),
-    ("model.num_kv_heads", 0, 1_024),
+    ("model.num_heads", 1, _MAX_HEADS),
+    ("model.num_kv_heads", 0, _MAX_HEADS),
     ("model.d_ff", 1, 1_048_576),
     ("model.rope_theta", 1.0, 1e12),
     ("model.dropout", 0.0, 0.9),
     ("train.batch_size", 1, 1_048_576),
     ("train.grad_accum_steps", 1, 65_536),
-    ("train.num_epochs", 0, 1_000_000),
+    ("train.num_epochs", 0, _MAX_EPOCHS),
     ("train.max_updates", 0, 1_000_000_000),
     ("train.article_loss_weight", 1e-3, 1e3),
     ("optim.learning_rate", 0.0, 10.0),
@@ -375,7 +399,7 @@ def _check_choice(problems: list[str], name: str, value: str | None, choices: tu
 
 
 def _check_hub(problems: list[str], section: str, values: dict[str, Any]) -> None:
-    if values["hub_name"] is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", values["hub_name"]):
+    if values["hub_name"] is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", values["hub_name"], re.A):
         problems.append(f"{section}.hub_name={values['hub_name']!r} must read OWNER/NAME")
     if values["hub_revision"] is not None and not re.fullmatch(r"[0-9a-f]{40}", values["hub_revision"]):
         problems.append(
@@ -387,7 +411,7 @@ def _check_hub(problems: list[str], section: str, values: dict[str, Any]) -> Non
 def _check_model(model: dict[str, Any]) -> list[str]:
     problems: list[str] = []
     d_model, num_heads, num_kv_heads = model["d_model"], model["num_heads"], model["num_kv_heads"]
-    if None in (d_model, num_heads, num_kv_heads) or num_heads < 1 or d_model < 1:
+    if None in (d_model, num_heads, num_kv_heads) or not 1 <= num_heads <= _MAX_HEADS or d_model < 1:
         return problems
     if d_model % num_heads:
         suggestion = max(heads for heads in range(1, num_heads + 1) if d_model % heads == 0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from tinystories_jax.data.cache import (
     batch_at,
     cache_fingerprint,
     eval_batches,
-    new_folder,
+    fingerprint_of,
     num_blocks,
     open_cache,
     write_cache,
 )
+from tinystories_jax.data.folders import new_folder, sole_builder
 from tinystories_jax.data.stories import END_OF_STORY, SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import StoryTokenizer, save_tokenizer, train_bpe
 from tinystories_jax.errors import UserError
@@ -69,8 +71,8 @@ def written(tmp_path, source, tokenizer) -> Manifest:
     return write_cache(source, tokenizer, tmp_path / "cache", identity=IDENTITY)
 
 
-def open_written(folder: Path, manifest: Manifest) -> TokenCache:
-    return open_cache(folder, fingerprint=manifest.fingerprint, rebuild_command=REBUILD)
+def open_written(folder: Path, manifest: Manifest, vocab_size: int = 300) -> TokenCache:
+    return open_cache(folder, fingerprint=manifest.fingerprint, vocab_size=vocab_size, rebuild_command=REBUILD)
 
 
 def start_builder(tmp_path: Path, tokenizer: StoryTokenizer, source: StorySource) -> subprocess.Popen[str]:
@@ -115,7 +117,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path, source, tokenizer):
         tokenizer, json=json.dumps(values), backend=tokenizer.backend.from_str(json.dumps(values))
     )
     manifest = write_cache(source, large, tmp_path / "large", identity=IDENTITY)
-    cache = open_written(tmp_path / "large", manifest)
+    cache = open_written(tmp_path / "large", manifest, vocab_size=65_536)
     assert cache.tokens.dtype == np.uint32
     assert cache.tokens[: len(tokenizer.encode(story(0)))].tolist() == tokenizer.encode(story(0))
 
@@ -136,6 +138,12 @@ def test_split_without_stories_is_refused_and_leaves_nothing(tmp_path, tokenizer
     assert not list((tmp_path / "caches").iterdir())
 
 
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Returns the manifest with the checksum that belongs to its other fields."""
+    others = {name: value for name, value in manifest.items() if name != "checksum"}
+    return {**others, "checksum": fingerprint_of(others)}
+
+
 def damage_cache(folder: Path, damage: str) -> None:
     manifest_path, tokens_path = folder / "manifest.json", folder / "tokens.bin"
     manifest, tokens = json.loads(manifest_path.read_text()), bytearray(tokens_path.read_bytes())
@@ -149,9 +157,9 @@ def damage_cache(folder: Path, damage: str) -> None:
         case "field of another type":
             manifest["num_tokens"] = "many"
         case "other tokenizer":
-            manifest["tokenizer_sha256"] = "ff"
+            manifest = seal({**manifest, "tokenizer_sha256": "ff"})
         case "other fingerprint":
-            manifest["fingerprint"] = cache_fingerprint("ff", IDENTITY)
+            manifest = seal({**manifest, "fingerprint": cache_fingerprint("ff", IDENTITY)})
         case "truncated":
             del tokens[-2:]
         case "flipped":
@@ -173,9 +181,9 @@ def damage_cache(folder: Path, damage: str) -> None:
         ("no story_hashes.bin", r"story_hashes\.bin cannot be read: No such file"),
         ("no folder", "cannot be read: No such file"),
         ("corrupt manifest", r"manifest\.json is not JSON"),
-        ("list", "format version None, expected 1"),
-        ("version", "format version 99, expected 1"),
-        ("field missing", "has fields"),
+        ("list", "format version None, expected 2"),
+        ("version", "format version 99, expected 2"),
+        ("field missing", "has missing or unknown fields: num_bytes;"),
         ("field of another type", "num_tokens='many', expected int"),
         ("other tokenizer", "manifest is of another cache: tokenizer ff"),
         ("other fingerprint", "has fingerprint [0-9a-f]{64}, expected [0-9a-f]{64}"),
@@ -243,8 +251,10 @@ def test_interrupted_build_leaves_nothing_and_killed_one_is_cleaned_up(tmp_path,
     process.kill()
     process.communicate(timeout=30)
     (left_over,) = caches.iterdir()
-    assert str(process.pid) in left_over.name
-    write_cache(source, tokenizer, caches / "one", identity=IDENTITY)
+    assert left_over.name.startswith(".one.building-")
+    with sole_builder(caches / "one", log=print):
+        assert list(caches.iterdir()) == [caches / ".one.lock"]
+        write_cache(source, tokenizer, caches / "one", identity=IDENTITY)
     assert [item.name for item in caches.iterdir()] == ["one"]
 
 
@@ -257,6 +267,7 @@ def test_concurrent_builders_end_in_one_valid_cache(tmp_path, source, tokenizer)
     cache = open_cache(
         tmp_path / "caches" / "one",
         fingerprint=cache_fingerprint(tokenizer.sha256, IDENTITY),
+        vocab_size=300,
         rebuild_command=REBUILD,
     )
     assert cache.manifest.num_stories == 1_500

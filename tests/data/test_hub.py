@@ -34,6 +34,22 @@ print(json.dumps({"stories": read, "report": dataclasses.asdict(report), "error"
 """
 
 
+# Reads a story under a lock, and says what files the reading process has open.
+LOCK_SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from tinystories_jax.data import stories
+from tinystories_jax.lock import locked
+source = stories.StorySource(kind="hub", **json.loads(sys.argv[1]))
+with locked(Path("lock").absolute(), when_held=print):
+    reading = stories.iter_stories(source, stories.StoryReport(), stories.SeenStories())
+    next(reading)
+    (child,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    print(*(os.readlink(path) for path in Path(f"/proc/{child}/fd").iterdir()), sep="\\n")
+    reading.close()
+"""
+
+
 def start(
     endpoint: str,
     home: Path,
@@ -190,3 +206,12 @@ def test_the_reading_process_is_gone_when_the_reader_stops(tmp_path):
     )
     with hub_stand_in({NAME: STORIES}) as endpoint:
         assert finish(start(endpoint, tmp_path, script=SCRIPT.replace("read.append(story)", "break") + children)) == ""
+
+
+def test_the_process_that_reads_keeps_no_lock(tmp_path):
+    with hub_stand_in({NAME: STORIES}) as endpoint:
+        process = start(endpoint, tmp_path / "home", script=LOCK_SCRIPT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "/stderr" in stdout
+    assert "lock" not in stdout

@@ -1,5 +1,6 @@
 """Preparing data: builds what is missing, reuses the rest, and mixes up nothing."""
 
+import contextlib
 import json
 import runpy
 import subprocess
@@ -22,6 +23,7 @@ from tinystories_jax.data.prepare import (
 from tinystories_jax.data.stories import END_OF_STORY
 from tinystories_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from tinystories_jax.errors import UserError
+from tinystories_jax.lock import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -221,6 +223,50 @@ def test_missing_files_of_both_splits_are_reported_together_before_anything_is_b
     assert ["no_train" in line for line in caught.value.problems] == [True, False]
     assert ["no_valid" in line for line in caught.value.problems] == [False, True]
     assert not (place.folder / "cache" / "tokenizers").exists()
+
+
+# ---- several at once
+
+
+@pytest.mark.parametrize("first_builder", ["finishes", "dies"])
+@pytest.mark.parametrize("kind", ["tokenizers", "tokens"])
+def test_of_two_builders_one_builds_and_the_other_waits(place, kind, first_builder):
+    built = place.prepare()
+    folder = place.folders("tokenizers")[0] if kind == "tokenizers" else built.train.folder
+    folder.rename(place.folder / "elsewhere")
+    left_behind = folder.with_name(f".{folder.name}.building-of-a-killed-one")
+    left_behind.mkdir()
+    with contextlib.ExitStack() as first:
+        first.enter_context(locked(folder.with_name(f".{folder.name}.lock"), when_held=print))
+
+        def log(line: str) -> None:
+            place.lines.append(line)
+            if line == f"waiting for {owner}, which builds {folder}":
+                if first_builder == "finishes":
+                    (place.folder / "elsewhere").rename(folder)
+                first.close()
+
+        owner = folder.with_name(f".{folder.name}.lock").read_text().strip()
+        place.lines.clear()
+        data = prepare_data(place.config(), show_progress=False, log=log)
+    made = "trained" if kind == "tokenizers" else "wrote"
+    assert place.said(f"{made if first_builder == 'dies' else 'reusing'} {folder}")
+    assert not place.said(f"{made if first_builder == 'finishes' else 'reusing'} {folder}")
+    assert data.train.manifest == built.train.manifest
+    assert not left_behind.exists()
+    assert list((place.folder / "cache").rglob(".*")) == []
+
+
+def test_what_a_builder_left_that_was_killed_when_it_was_done_goes(place):
+    built = place.prepare()
+    left = [folder.with_name(f".{folder.name}.lock") for folder in (place.folders("tokenizers")[0], built.train.folder)]
+    left.append(built.valid.folder.with_name(f".{built.valid.folder.name}.lock"))
+    for path in left:
+        path.touch()
+    built.valid.folder.with_name(f".{built.valid.folder.name}.building-1").mkdir()
+    place.prepare()
+    assert place.said("train: reusing")
+    assert list((place.folder / "cache").rglob(".*")) == []
 
 
 # ---- what is there already

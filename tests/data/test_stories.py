@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -234,19 +235,24 @@ def test_memo_spares_hashing_only_while_a_file_is_unchanged(tmp_path, monkeypatc
     source = StorySource("files", "train", files=str(path))
     monkeypatch.setattr(files_module, "_SETTLED_SECONDS", 0.0)
     first = source_identity(source, memo)
-    entry = json.loads(memo.read_text())[str(path)]
+    planted = "0" * 64
     # A planted hash shows that the memo is what is read.
-    memo.write_text(json.dumps({str(path): {**entry, "sha256": "planted"}}))
-    assert source_identity(source, memo)["files"] == [{"suffix": ".txt", "sha256": "planted"}]
+    known = json.loads(memo.read_text())["files"]
+    known[str(path)]["sha256"] = planted
+    memo.write_text(json.dumps({"files": known, "checksum": files_module._checksum(known)}))
+    assert source_identity(source, memo)["files"] == [{"suffix": ".txt", "sha256": planted}]
     status = path.stat()
     write(path, "two")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert "planted" not in json.dumps(source_identity(source, memo))
+    assert planted not in json.dumps(source_identity(source, memo))
     write(path, "one")
-    for corrupt in ("{", "[]", '{"a": 1}', '{"a": {"stamp": 3, "sha256": "b"}}'):
+    corrupt_files: list[Any] = [[], {"a": 1}, {"a": []}, {"a": {"stamp": 3, "sha256": planted}}]
+    corrupt_files.append({"a": {"stamp": [1] * 4, "sha256": "b"}})
+    sealed = [json.dumps({"files": files, "checksum": files_module._checksum(files)}) for files in corrupt_files]
+    for corrupt in ("{", "[]", '{"files": {}}', "[" * 100_000, *sealed):
         memo.write_text(corrupt)
         assert source_identity(source, memo) == first
-        assert list(json.loads(memo.read_text())) == [str(path)]
+        assert list(json.loads(memo.read_text())["files"]) == [str(path)]
     assert [item.name for item in memo.parent.iterdir()] == ["memo.json"]
 
 

@@ -1,12 +1,13 @@
 """The pieces of a self-contained HTML page: no script, no network; every text that comes in is escaped here."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+
+from tinystories_jax.data.folders import replace_file
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 
@@ -17,13 +18,8 @@ def write_page(path: Path, title: str, sections: Sequence[str]) -> Path:
     page = Template((here / "page.html").read_text(encoding="utf-8")).substitute(
         title=escape(title), css=(here / "page.css").read_text(encoding="utf-8"), body="\n".join(sections)
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A story may hold half of a character that JSON can write and UTF-8 cannot.
-        temporary.write_bytes(page.encode("utf-8", errors="replace"))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A story may hold half of a character that JSON can write and UTF-8 cannot.
+    replace_file(path, page.encode("utf-8", errors="replace"))
     return path
 
 

@@ -4,18 +4,13 @@ On the way: train_bpe -> `write_cache` -> `open_cache` -> `batch_at` -> train_st
 the token IDs, the sorted hashes of the stories, and a manifest that ties both to a tokenizer and a source.
 """
 
-import errno
 import hashlib
 import json
 import math
-import os
-import secrets
-import shutil
-import socket
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -25,14 +20,17 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sync, write_file
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer, batch_stories
 from tinystories_jax.errors import UserError
 
-FORMAT_VERSION = 1  # raise it with any change of the files below, the fields of Manifest or those of StoryReport
+FORMAT_VERSION = 2  # raise it with any change of the files below, the fields of Manifest or those of StoryReport
 TOKENS_FILE = "tokens.bin"  # little-endian IDs, each story followed by END_OF_STORY_ID
 HASHES_FILE = "story_hashes.bin"  # little-endian uint64, ascending
 MANIFEST_FILE = "manifest.json"
+
+_MAX_MANIFEST_BYTES = 64 * 2**20  # some hundred thousand files of stories
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,10 @@ class Manifest:
     num_tokens: int  # one end-of-story token per story included
     num_bytes: int  # UTF-8 bytes of the stories alone
     dtype: str  # uint16 or uint32
-    checksum: str  # xxh3_128 of the tokens file, in hex
+    tokens_checksum: str  # xxh3_128 of the tokens file, in hex
+    hashes_checksum: str  # likewise of the hashes file
     report: dict[str, Any]  # StoryReport of the reading
+    checksum: str  # fingerprint_of all the fields above
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,29 +84,32 @@ def write_cache(
     `identity` is the source_identity of `source`. When another process has put the same cache there meanwhile, that one
     stays, unless `replace`. Memory does not grow with the corpus. Raises `UserError` for no story and no space.
     """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
+    dtype = _dtype_for(tokenizer.vocab_size)
     report, seen = StoryReport(), SeenStories()
     with new_folder(Path(folder), replace=replace) as building:
         with (building / TOKENS_FILE).open("wb") as file, _progress_bar(source, show_progress) as bar:
             counts = _write_tokens(file, _track(iter_stories(source, report, seen), report, bar), tokenizer, dtype)
             sync(file)
         with (building / HASHES_FILE).open("wb") as file:
-            for hashes in seen.sorted_hashes():
-                file.write(np.ascontiguousarray(hashes, "<u8").data)
+            hashes_checksum = _write_hashes(file, seen)
             sync(file)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            fingerprint=cache_fingerprint(tokenizer.sha256, identity),
-            tokenizer_sha256=tokenizer.sha256,
-            source=identity,
-            dtype=dtype.name,
-            report=asdict(report),
+        values = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": cache_fingerprint(tokenizer.sha256, identity),
+            "tokenizer_sha256": tokenizer.sha256,
+            "source": identity,
+            "dtype": dtype.name,
+            "hashes_checksum": hashes_checksum,
+            "report": asdict(report),
             **vars(counts),
-        )
-        with (building / MANIFEST_FILE).open("wb") as file:
-            file.write(json.dumps(asdict(manifest), indent=1).encode())
-            sync(file)
+        }
+        manifest = Manifest(**values, checksum=fingerprint_of(values))
+        write_file(building / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1).encode())
     return manifest
+
+
+def _dtype_for(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 65_535 else "<u4")
 
 
 @dataclass
@@ -114,7 +117,7 @@ class _Counts:
     num_stories: int = 0
     num_tokens: int = 0
     num_bytes: int = 0
-    checksum: str = ""
+    tokens_checksum: str = ""
 
 
 def _write_tokens(file: BinaryIO, stories: Iterable[str], tokenizer: StoryTokenizer, dtype: np.dtype) -> _Counts:
@@ -125,8 +128,18 @@ def _write_tokens(file: BinaryIO, stories: Iterable[str], tokenizer: StoryTokeni
         counts.num_stories += num_stories
         counts.num_tokens += len(tokens)
         counts.num_bytes += num_bytes
-    counts.checksum = checksum.hexdigest()
+    counts.tokens_checksum = checksum.hexdigest()
     return counts
+
+
+def _write_hashes(file: BinaryIO, seen: SeenStories) -> str:
+    """Returns the checksum of what it has written."""
+    checksum = xxhash.xxh3_128()
+    for hashes in seen.sorted_hashes():
+        content = np.ascontiguousarray(hashes, "<u8").data
+        file.write(content)
+        checksum.update(content)
+    return checksum.hexdigest()
 
 
 def _encode_ahead(
@@ -174,105 +187,21 @@ def _track(stories: Iterable[str], report: StoryReport, bar: tqdm) -> Iterator[s
     bar.update(report.position - bar.n)
 
 
-def sync(file: BinaryIO) -> None:
-    """Returns when the bytes written so far are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def open_cache(folder: str | Path, *, fingerprint: str, vocab_size: int, rebuild_command: str) -> TokenCache:
+    """Returns the cache at `folder` after checking every byte of its three files.
 
-
-@contextmanager
-def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary sibling that becomes `folder` when the block ends well, and vanishes when it does not.
-
-    If `folder` has appeared meanwhile it stays as it is, unless `replace`. Raises `UserError` when the disk refuses.
-    """
-    temporary = _temporary_name(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
-        temporary.mkdir()
-        yield temporary
-        _sync_folder(temporary)
-        _publish(temporary, folder, replace)
-        _sync_folder(folder.parent)
-    except OSError as error:
-        if error.errno is None or isinstance(error, ConnectionError | TimeoutError):  # the network, not the disk
-            raise
-        raise UserError(
-            f"cannot write {folder}: {error.strerror}; free space or mend the permissions there, "
-            "or choose another place with --config.data.cache_dir=FOLDER"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, folder: Path, replace: bool) -> None:
-    retired = _temporary_name(folder)
-    if replace:
-        with suppress(FileNotFoundError):
-            folder.rename(retired)
-    try:
-        temporary.rename(folder)
-    except OSError as error:
-        # Somebody else has finished the same folder first; theirs is as good.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def _temporary_prefix(folder: Path) -> str:
-    # With the host, because a process of another machine may be building in a shared folder.
-    return f".{folder.name}.building-{socket.gethostname()}-"
-
-
-def _temporary_name(folder: Path) -> Path:
-    return folder.with_name(f"{_temporary_prefix(folder)}{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed builders of `folder` on this machine have left."""
-    prefix = _temporary_prefix(folder)
-    for path in folder.parent.iterdir():
-        pid = path.name.removeprefix(prefix).partition("-")[0]
-        if path.name.startswith(prefix) and pid.isdecimal() and not _is_alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it exists, but belongs to somebody else
-        return True
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def open_cache(folder: str | Path, *, fingerprint: str, rebuild_command: str) -> TokenCache:
-    """Returns the cache at `folder` after checking every byte of its tokens against the manifest.
-
-    Raises `UserError` naming the folder, what was expected and found, and `rebuild_command`, when it is incomplete,
-    damaged, or not the cache of `fingerprint`.
+    Raises `UserError` naming the folder, the file, what was expected and found, and `rebuild_command`, when it is
+    incomplete, damaged, not the cache of `fingerprint`, or holds an ID that a vocabulary of `vocab_size` has not.
     """
     folder = Path(folder)
     try:
         manifest = _read_manifest(folder / MANIFEST_FILE)
-        _check_manifest(manifest, fingerprint)
+        _check_manifest(manifest, fingerprint, vocab_size)
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        _check_size(folder / TOKENS_FILE, manifest.num_tokens * dtype.itemsize)
-        _check_size(folder / HASHES_FILE, manifest.num_stories * 8)
-        checksum = _checksum(folder / TOKENS_FILE)
-        if checksum != manifest.checksum:
-            raise ValueError(f"{TOKENS_FILE} is damaged: checksum {manifest.checksum} expected, got {checksum}")
+        _check_file(folder / HASHES_FILE, np.dtype("<u8"), manifest.num_stories, manifest.hashes_checksum)
+        highest = _check_file(folder / TOKENS_FILE, dtype, manifest.num_tokens, manifest.tokens_checksum)
+        if highest >= vocab_size:
+            raise ValueError(f"{TOKENS_FILE} holds ID {highest:,}, but its tokenizer has {vocab_size:,} tokens")
         tokens = np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r")
     except OSError as error:
         problem = f"{error.filename or folder} cannot be read: {error.strerror}"
@@ -288,54 +217,66 @@ def load_hashes(cache: TokenCache) -> np.ndarray:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{MANIFEST_FILE} is not JSON ({error})") from error
+    values = parse_json(read_small_file(path, _MAX_MANIFEST_BYTES), MANIFEST_FILE)
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{MANIFEST_FILE} has format version {version}, expected {FORMAT_VERSION}")
+        raise ValueError(f"{MANIFEST_FILE} has format version {version!r:.80}, expected {FORMAT_VERSION}")
     wanted = {item.name for item in fields(Manifest)}
     if set(values) != wanted:
-        raise ValueError(f"{MANIFEST_FILE} has fields {sorted(values)}, expected {sorted(wanted)}")
+        differing = ", ".join(sorted(set(values) ^ wanted))
+        raise ValueError(f"{MANIFEST_FILE} has missing or unknown fields: {differing:.200}")
     for name, hint in get_type_hints(Manifest).items():
         kind = getattr(hint, "__origin__", hint)
         if type(values[name]) is not kind:
-            raise ValueError(f"{MANIFEST_FILE} has {name}={values[name]!r}, expected {kind.__name__}")
+            raise ValueError(f"{MANIFEST_FILE} has {name}={values[name]!r:.80}, expected {kind.__name__}")
     return Manifest(**values)
 
 
-def _check_manifest(manifest: Manifest, fingerprint: str) -> None:
+def _check_manifest(manifest: Manifest, fingerprint: str, vocab_size: int) -> None:
+    # Fields that no other file vouches for decide on scores: num_bytes on the bits per byte.
+    checksum = fingerprint_of({name: value for name, value in vars(manifest).items() if name != "checksum"})
+    if checksum != manifest.checksum:
+        raise ValueError(f"{MANIFEST_FILE} is damaged: checksum {manifest.checksum:.80} expected, got {checksum}")
     if manifest.fingerprint != fingerprint:
         raise ValueError(
-            f"it has fingerprint {manifest.fingerprint}, expected {fingerprint}: it was made with tokenizer "
-            f"{manifest.tokenizer_sha256} from {manifest.source}"
+            f"it has fingerprint {manifest.fingerprint:.80}, expected {fingerprint}: it was made with tokenizer "
+            f"{manifest.tokenizer_sha256:.80} from {manifest.source!s:.300}"
         )
     own = cache_fingerprint(manifest.tokenizer_sha256, manifest.source)
     if own != fingerprint:
         raise ValueError(
-            f"its manifest is of another cache: tokenizer {manifest.tokenizer_sha256} and its source "
+            f"its manifest is of another cache: tokenizer {manifest.tokenizer_sha256:.80} and its source "
             f"give fingerprint {own}, expected {fingerprint}"
         )
-    if manifest.dtype not in ("uint16", "uint32"):
-        raise ValueError(f"{MANIFEST_FILE} has dtype {manifest.dtype!r}, expected uint16 or uint32")
+    dtype = _dtype_for(vocab_size)
+    if manifest.dtype != dtype.name:
+        raise ValueError(f"{MANIFEST_FILE} has dtype {manifest.dtype!r:.80}, expected {dtype.name}")
     if not 0 < manifest.num_stories < manifest.num_tokens:
         raise ValueError(f"{manifest.num_stories} stories cannot have {manifest.num_tokens} tokens")
+    report = manifest.report
+    names = {item.name for item in fields(StoryReport)}
+    if set(report) != names or not all(type(count) is int and count >= 0 for count in report.values()):
+        raise ValueError(f"{MANIFEST_FILE} has a report that is none: {report!s:.200}")
+    counts = {"num_stories": "stories", "num_bytes": "utf8_bytes"}
+    for name, reported in counts.items():
+        if getattr(manifest, name) != report[reported]:
+            raise ValueError(f"{MANIFEST_FILE} has {name}={getattr(manifest, name)}, but reports {report[reported]}")
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_file(path: Path, dtype: np.dtype, count: int, checksum: str) -> int:
+    """Returns the highest of the `count` numbers in the file; raises ValueError when `checksum` is not theirs."""
     size = path.stat().st_size
-    if size != expected:
-        raise ValueError(f"{path.name} has {size:,} bytes, expected {expected:,}")
-
-
-def _checksum(path: Path) -> str:
+    if size != count * dtype.itemsize:
+        raise ValueError(f"{path.name} has {size:,} bytes, expected {count * dtype.itemsize:,}")
     # Read rather than mapped: pages that a checksum has touched would count as this process's memory.
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(2**20))
-    with path.open("rb", buffering=0) as file:
+    digest, buffer, highest = xxhash.xxh3_128(), memoryview(bytearray(2**20)), 0
+    with path.open("rb") as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
-    return digest.hexdigest()
+            highest = max(highest, int(np.frombuffer(buffer[:size], dtype).max()))
+    if digest.hexdigest() != checksum:
+        raise ValueError(f"{path.name} is damaged: checksum {checksum:.80} expected, got {digest.hexdigest()}")
+    return highest
 
 
 def num_blocks(num_tokens: int, sequence_length: int) -> int:

@@ -5,11 +5,12 @@ import glob
 import hashlib
 import json
 import os
-import tempfile
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tinystories_jax.data.folders import read_small_file
 from tinystories_jax.errors import UserError
 
 END_OF_STORY = "<|endoftext|>"
@@ -19,6 +20,7 @@ _FIELDS = ("text", "story")  # of a JSON line or a Parquet row, the first that i
 _CHUNK_BYTES = 2**20
 _MAX_LINE_BYTES = 16 * 2**20  # of a JSON line, which may hold more than its story
 _BATCH_ROWS = 1000
+_MAX_MEMO_BYTES = 64 * 2**20
 _BOM = b"\xef\xbb\xbf"
 # Younger files may change again within one tick of the file system's clock, and look the same.
 _SETTLED_SECONDS = 2.0
@@ -144,8 +146,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, int, str]]:
 
     size, row = path.stat().st_size, 0
     try:
-        # Without a buffer size, whole column chunks are read ahead: hundreds of megabytes.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
+        # An open file, since a name is tried as a URI. Without a buffer size, whole column chunks are read ahead.
+        with path.open("rb") as opened, pq.ParquetFile(opened, pre_buffer=False, buffer_size=_CHUNK_BYTES) as file:
             names = file.schema_arrow.names
             field = next((field for field in _FIELDS if field in names), None)
             if field is None:
@@ -225,18 +227,27 @@ def _hash_file(path: Path) -> str:
 
 
 def _read_memo(memo_path: Path | None) -> dict[str, dict]:
+    """Returns stamp and hash by path; nothing at all where one byte is not as it was written: a wrong hash would give
+    a cache another identity."""
     try:
-        memo = json.loads(memo_path.read_text(encoding="utf-8")) if memo_path else {}
-        entries = memo.items()
-        return {key: entry for key, entry in entries if isinstance(entry["sha256"], str) and len(entry["stamp"]) == 4}
+        memo = json.loads(read_small_file(memo_path, _MAX_MEMO_BYTES)) if memo_path else {}
+        files = memo["files"]
+        is_sound = memo["checksum"] == _checksum(files) and all(
+            len(entry["stamp"]) == 4 and re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in files.values()
+        )
+        return files if is_sound else {}
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return {}
 
 
-def _write_memo(memo_path: Path, memo: dict[str, dict]) -> None:
-    # Only a memo: where it cannot be kept, the next start hashes again.
+def _write_memo(memo_path: Path, files: dict[str, dict]) -> None:
+    # Only a memo, with a checksum: where it cannot be kept, or only in part, the next start hashes again.
     with contextlib.suppress(OSError):
         memo_path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memo_path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(memo, file, indent=1)
-        os.replace(file.name, memo_path)  # noqa: PTH105
+        memo_path.unlink(missing_ok=True)  # a link there is not followed
+        with memo_path.open("x", encoding="utf-8") as file:
+            json.dump({"files": files, "checksum": _checksum(files)}, file, indent=1)
+
+
+def _checksum(files: dict[str, dict]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

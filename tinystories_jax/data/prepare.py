@@ -4,6 +4,7 @@ This is the whole way of the data in one call: iter_stories -> train_bpe -> writ
 """
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +19,10 @@ from tinystories_jax.data.cache import (
     cache_fingerprint,
     fingerprint_of,
     load_hashes,
-    new_folder,
     open_cache,
     write_cache,
 )
+from tinystories_jax.data.folders import is_built, new_folder, parse_json, read_small_file, sole_builder, write_file
 from tinystories_jax.data.stories import (
     SeenStories,
     StoryReport,
@@ -34,13 +35,13 @@ from tinystories_jax.data.tokenizer import (
     TOKENIZER_FILE,
     StoryTokenizer,
     load_tokenizer,
-    save_tokenizer,
     train_bpe,
 )
 from tinystories_jax.errors import UserError
 
 _TRAINER_VERSION = 1  # raise it when train_bpe gives another vocabulary for the same stories
 _META_FILE = "meta.json"
+_MAX_META_BYTES = 64 * 2**20  # it names the files of stories, as a cache's manifest does
 _HASHES_PER_CHUNK = 1_000_000
 
 
@@ -67,14 +68,6 @@ def rebuild_command() -> str:
 def log_to_stderr(line: str) -> None:
     """Writes one line at once, clear of stdout, which belongs to results."""
     print(line, file=sys.stderr, flush=True)
-
-
-def check_can_be_made(workdir: Path) -> None:
-    """Raises OSError now, and not after hours of preparing data, where no folder can be made; leaves none behind."""
-    is_new = not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
-    if is_new:
-        workdir.rmdir()
 
 
 def prepare_data(
@@ -116,21 +109,27 @@ def find_data(config: Config) -> PreparedData | None:
     ]
     if not all(folder.exists() for folder, _ in places):
         return None
-    train, valid = (
-        open_cache(folder, fingerprint=fingerprint, rebuild_command=rebuild_command()) for folder, fingerprint in places
-    )
+    train, valid = (_open_cache(folder, fingerprint, tokenizer) for folder, fingerprint in places)
     return _gather(tokenizer, train, valid)
 
 
-def find_cache(data: DataConfig, split: str, fingerprint: str) -> TokenCache | None:
+def find_cache(data: DataConfig, split: str, fingerprint: str, tokenizer: StoryTokenizer) -> TokenCache | None:
     """Returns the cache of a split (train or validation) that a checkpoint names by its fingerprint; None if not there.
 
-    Where the stories themselves are does not matter. Raises `UserError` for a damaged cache.
+    Where the stories themselves are does not matter. Raises `UserError` for a damaged cache, and for a fingerprint
+    that is none.
     """
+    # It comes from a file, and a part of it becomes a path.
+    if not re.fullmatch(r"[0-9a-f]{64}", fingerprint):
+        raise UserError(f"{split}_fingerprint={fingerprint[:80]!r} of the checkpoint is no SHA-256; it is damaged")
     folder = _cache_folder(data.cache_dir, split, fingerprint)
-    if not folder.exists():
-        return None
-    return open_cache(folder, fingerprint=fingerprint, rebuild_command=rebuild_command())
+    return _open_cache(folder, fingerprint, tokenizer) if folder.exists() else None
+
+
+def _open_cache(folder: Path, fingerprint: str, tokenizer: StoryTokenizer) -> TokenCache:
+    return open_cache(
+        folder, fingerprint=fingerprint, vocab_size=tokenizer.vocab_size, rebuild_command=rebuild_command()
+    )
 
 
 def expected_fingerprints(config: Config, tokenizer: StoryTokenizer) -> tuple[str, str]:
@@ -249,37 +248,51 @@ def _tokenizer_folder(data: DataConfig, fingerprint: str) -> Path:
 def _trained_tokenizer(
     data: DataConfig, config: TokenizerConfig, *, rebuild: bool, show_progress: bool, log: Callable[[str], None]
 ) -> StoryTokenizer:
-    source = tokenizer_source(data, config)
     trained_on = _trained_on(data, config)
     fingerprint = fingerprint_of(trained_on)
     folder = _tokenizer_folder(data, fingerprint)
-    if rebuild or not folder.exists():
-        samples = f"up to {config.max_samples:,}" if config.max_samples else "all"
-        log(f"tokenizer: training {config.vocab_size:,} tokens on {samples} stories of {_name_of(source)}")
-        stories = iter_stories(source, StoryReport(), SeenStories())
-        trained = train_bpe(
-            stories,
-            vocab_size=config.vocab_size,
-            max_samples=config.max_samples,
-            show_progress=show_progress and sys.stderr.isatty(),
-        )
-        with new_folder(folder, replace=rebuild) as building:
-            save_tokenizer(trained, building)
-            meta = {**trained_on, "fingerprint": fingerprint, "tokenizer_sha256": trained.sha256}
-            (building / _META_FILE).write_text(json.dumps(meta, indent=1))
-        log(f"tokenizer: trained {folder} ({trained.vocab_size:,} tokens)")
-    else:
-        log(f"tokenizer: reusing {folder}")
-    # Read back even when just trained: the one on the disk is the one that every later run gets.
+    if rebuild or not is_built(folder):
+        with sole_builder(folder, log=log):
+            # Another process may have trained it while this one waited.
+            if rebuild or not folder.exists():
+                tokenizer = _train_tokenizer(data, config, show_progress=show_progress, log=log)
+                _store_tokenizer(tokenizer, trained_on, folder, replace=rebuild)
+                log(f"tokenizer: trained {folder} ({tokenizer.vocab_size:,} tokens)")
+                # Read back: the one on the disk is the one that every later run gets.
+                return _open_tokenizer(folder, fingerprint)
+    log(f"tokenizer: reusing {folder}")
     return _open_tokenizer(folder, fingerprint)
+
+
+def _train_tokenizer(
+    data: DataConfig, config: TokenizerConfig, *, show_progress: bool, log: Callable[[str], None]
+) -> StoryTokenizer:
+    source = tokenizer_source(data, config)
+    samples = f"up to {config.max_samples:,}" if config.max_samples else "all"
+    log(f"tokenizer: training {config.vocab_size:,} tokens on {samples} stories of {_name_of(source)}")
+    return train_bpe(
+        iter_stories(source, StoryReport(), SeenStories()),
+        vocab_size=config.vocab_size,
+        max_samples=config.max_samples,
+        show_progress=show_progress and sys.stderr.isatty(),
+    )
+
+
+def _store_tokenizer(tokenizer: StoryTokenizer, trained_on: dict[str, object], folder: Path, *, replace: bool) -> None:
+    meta = {**trained_on, "fingerprint": fingerprint_of(trained_on), "tokenizer_sha256": tokenizer.sha256}
+    with new_folder(folder, replace=replace) as building:
+        write_file(building / TOKENIZER_FILE, tokenizer.json.encode())
+        write_file(building / _META_FILE, json.dumps(meta, indent=1).encode())
 
 
 def _open_tokenizer(folder: Path, fingerprint: str) -> StoryTokenizer:
     try:
-        meta = json.loads((folder / _META_FILE).read_bytes())
+        meta = parse_json(read_small_file(folder / _META_FILE, _MAX_META_BYTES), _META_FILE)
+        if not isinstance(meta, dict) or not {"fingerprint", "tokenizer_sha256"} <= set(meta):
+            raise ValueError(f"{_META_FILE} has no fields fingerprint and tokenizer_sha256")
         found = (meta["fingerprint"], meta["tokenizer_sha256"])
         tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"stored tokenizer {folder} is damaged ({error}); rebuild it with: {rebuild_command()}"
         ) from error
@@ -287,7 +300,7 @@ def _open_tokenizer(folder: Path, fingerprint: str) -> StoryTokenizer:
     for name, got, wanted in zip(("fingerprint", "SHA-256 of " + TOKENIZER_FILE), found, expected, strict=True):
         if got != wanted:
             raise UserError(
-                f"stored tokenizer {folder}: {_META_FILE} has {name} {got}, expected {wanted}; "
+                f"stored tokenizer {folder}: {_META_FILE} has {name} {got!s:.80}, expected {wanted}; "
                 f"rebuild it with: {rebuild_command()}"
             )
     return tokenizer
@@ -316,13 +329,16 @@ def _prepare_cache(
     log: Callable[[str], None],
 ) -> TokenCache:
     folder, fingerprint = _cache_place(source, identity, tokenizer, cache_dir)
-    reused = folder.exists() and not rebuild
-    if not reused:
-        log(f"{source.split}: encoding the stories of {_name_of(source)}")
-        write_cache(source, tokenizer, folder, identity=identity, show_progress=show_progress, replace=rebuild)
-    cache = open_cache(folder, fingerprint=fingerprint, rebuild_command=rebuild_command())
+    built = False
+    if rebuild or not is_built(folder):
+        with sole_builder(folder, log=log):
+            if rebuild or not folder.exists():
+                log(f"{source.split}: encoding the stories of {_name_of(source)}")
+                write_cache(source, tokenizer, folder, identity=identity, show_progress=show_progress, replace=rebuild)
+                built = True
+    cache = _open_cache(folder, fingerprint, tokenizer)
     counts = f"{cache.manifest.num_stories:,} stories, {cache.manifest.num_tokens:,} tokens"
-    log(f"{source.split}: {'reusing' if reused else 'wrote'} {folder} ({counts})")
+    log(f"{source.split}: {'wrote' if built else 'reusing'} {folder} ({counts})")
     return cache
 
 

@@ -90,15 +90,22 @@ class SeenStories:
         try:
             return self._cursor.execute("INSERT OR IGNORE INTO seen VALUES (?)", (shifted,)).rowcount == 1
         except sqlite3.OperationalError as error:
-            raise UserError(
-                f"no room for the temporary list of stories ({error}); set SQLITE_TMPDIR to a folder with more space"
-            ) from error
+            raise _no_room(error) from error
 
     def sorted_hashes(self) -> Iterator[np.ndarray]:
         """Yields the xxh3_64 of the stories' UTF-8 bytes as uint64 arrays, in ascending order, each hash once."""
-        rows = self._database.execute("SELECT hash FROM seen ORDER BY hash")
-        while chunk := rows.fetchmany(_HASH_CHUNK):
-            yield np.array(chunk, dtype=np.int64)[:, 0].view(np.uint64) ^ np.uint64(2**63)
+        try:
+            rows = self._database.execute("SELECT hash FROM seen ORDER BY hash")
+            while chunk := rows.fetchmany(_HASH_CHUNK):
+                yield np.array(chunk, dtype=np.int64)[:, 0].view(np.uint64) ^ np.uint64(2**63)
+        except sqlite3.OperationalError as error:  # what is read takes the place of what was not written yet
+            raise _no_room(error) from error
+
+
+def _no_room(error: sqlite3.OperationalError) -> UserError:
+    return UserError(
+        f"no room for the temporary list of stories ({error}); set SQLITE_TMPDIR to a folder with more space"
+    )
 
 
 def iter_stories(source: StorySource, report: StoryReport, seen: SeenStories) -> Generator[str]:

@@ -5,11 +5,8 @@ On the way: iter_stories -> `train_bpe` -> write_cache, and at the far end gener
 
 import hashlib
 import itertools
-import json as json_module
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tinystories_jax.data.folders import parse_json, read_small_file, replace_file
 from tinystories_jax.data.stories import END_OF_STORY
 from tinystories_jax.errors import UserError
 
@@ -120,33 +118,35 @@ def load_tokenizer(path: str | Path) -> StoryTokenizer:
     if file.is_dir():
         file = file / TOKENIZER_FILE
     try:
-        size = file.stat().st_size
-        if size > _MAX_FILE_BYTES:
-            raise UserError(f"{file} has {size:,} bytes; a tokenizer.json has at most {_MAX_FILE_BYTES:,}")
-        text = file.read_bytes().decode()
+        text = read_small_file(file, _MAX_FILE_BYTES).decode()
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist; give a tokenizer.json or a folder with one") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text ({error}); give a tokenizer.json") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{error}; give a tokenizer.json") from error
     return parse_tokenizer(text, str(file))
 
 
 def parse_tokenizer(json_text: str, where: str) -> StoryTokenizer:
     """Returns the tokenizer that `json_text` describes; raises `UserError`, which names `where`, when unusable."""
     try:
-        json_module.loads(json_text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); give a tokenizer.json") from error
+        parse_json(json_text, where)
+    except ValueError as error:
+        raise UserError(f"{error}; give a tokenizer.json") from error
     try:
-        backend = Tokenizer.from_str(json_text)
-    except Exception as error:  # the library raises nothing more precise
-        raise UserError(f"{where} is not a tokenizer that the tokenizers library can read: {error}") from error
-    tokenizer = StoryTokenizer(json_text, backend)
-    problem = _find_problem(tokenizer)
+        tokenizer = StoryTokenizer(json_text, Tokenizer.from_str(json_text))
+        problem = _find_problem(tokenizer)
+    except BaseException as error:
+        # The library raises nothing more precise than Exception, and not even that where its Rust code panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} is not a tokenizer that the tokenizers library can use: {reason:.300}") from error
     if problem:
-        raise UserError(f"{where}: {problem}")
+        raise UserError(f"{where}: {problem:.500}")
     return tokenizer
 
 
@@ -177,19 +177,10 @@ def _find_problem(tokenizer: StoryTokenizer) -> str | None:
 def save_tokenizer(tokenizer: StoryTokenizer, folder: str | Path) -> Path:
     """Writes `folder`/tokenizer.json, the very bytes of `tokenizer.json`, at once or not at all; returns its path."""
     path = Path(folder) / TOKENIZER_FILE
-    temporary = path.with_name(f".{TOKENIZER_FILE}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(tokenizer.json.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, tokenizer.json.encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space, or choose another folder") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -71,7 +71,7 @@ def evaluate_run(
     context_length = config.data.sequence_length
     check_prompts(tokenizer, sorted(set(prompts)), context_length)
     splits = zip(("train", "validation"), fingerprints, strict=True)
-    train, valid = (find_cache(config.data, split, fingerprint) for split, fingerprint in splits)
+    train, valid = (find_cache(config.data, split, fingerprint, tokenizer) for split, fingerprint in splits)
     loss, loss_on = _measure_loss(params, tokenizer, config, valid, data_files, log)
     if loss is not None and not math.isfinite(loss.loss):
         raise UserError(f"{title}: its loss on {loss_on} is {loss.loss}; take another checkpoint with --step")

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tinystories_jax.data.folders import replace_file
 from tinystories_jax.evaluation.bootstrap import Interval
 
 _NONE = "–"
@@ -87,13 +87,17 @@ def format_markdown(evaluation: Evaluation) -> str:
 
 def write_evaluation(evaluation: Evaluation, run: Path) -> None:
     """Writes evaluation.json and evaluation.md into `run`, each at once or not at all."""
-    write_json(evaluation, run / "evaluation.json")
-    _write(run / "evaluation.md", format_markdown(evaluation))
+    # Whatever stands in a run under these names is replaced: a link there must not lead the writing elsewhere.
+    replace_file(run / "evaluation.json", _to_json(evaluation))
+    replace_file(run / "evaluation.md", _encode(format_markdown(evaluation)))
 
 
 def write_json(evaluation: Evaluation, path: Path) -> None:
-    """Writes what evaluation.json holds to `path`, at once or not at all."""
-    _write(path, json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Writes what evaluation.json holds to `path`: a file at once or not at all, a pipe or /dev/stdout as it is."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(_to_json(evaluation))
+    else:
+        replace_file(path, _to_json(evaluation))
 
 
 def format_figure(value: float | None) -> str:
@@ -129,15 +133,10 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, text: str) -> None:
+def _to_json(evaluation: Evaluation) -> bytes:
+    return _encode(json.dumps(evaluation.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _encode(text: str) -> bytes:
     # A story may hold half of a character, which UTF-8 cannot.
-    content = text.encode("utf-8", errors="replace")
-    if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout, a pipe: not to be replaced by a file
-        path.write_bytes(content)
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return text.encode("utf-8", errors="replace")

@@ -129,7 +129,9 @@ def cache_of_files(files: str, tokenizer: StoryTokenizer) -> Iterator[TokenCache
         folder = Path(parent) / "cache"
         write_cache(source, tokenizer, folder, identity=identity, show_progress=True)
         fingerprint = cache_fingerprint(tokenizer.sha256, identity)
-        yield open_cache(folder, fingerprint=fingerprint, rebuild_command="the same command")
+        yield open_cache(
+            folder, fingerprint=fingerprint, vocab_size=tokenizer.vocab_size, rebuild_command="the same command"
+        )
 
 
 def article_mask(article_ids: Sequence[int], vocab_size: int) -> jax.Array:

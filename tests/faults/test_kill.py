@@ -1,0 +1,191 @@
+"""SIGKILL at random moments: the same command, given again until it is done, gives the run that would have been.
+
+The real command is killed with its whole process group while it starts, trains the tokenizer, builds the caches,
+trains, saves, evaluates and writes the report.
+"""
+
+import json
+import os
+import random
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.place import ROOT, write_stories
+from tests.test_cli import script_environment
+from tests.test_end_to_end import TIMES, parameter_bytes, read_jsonl
+from tinystories_jax.config import from_dict
+from tinystories_jax.data.prepare import find_data
+
+SECONDS_PER_START = 900.0
+NUM_UPDATES = 24
+FLAGS = [
+    *("--nodoctor", "--config=configs/quickstart.py", "--config.data.source=files"),
+    *("--config.data.sequence_length=32", "--config.tokenizer.vocab_size=400"),
+    *("--config.model.d_model=16", "--config.model.num_layers=1", "--config.model.num_heads=2"),
+    *("--config.model.num_kv_heads=1", "--config.model.d_ff=16", "--config.model.dropout=0.1"),
+    *("--config.train.batch_size=4", "--config.train.grad_accum_steps=2", f"--config.train.max_updates={NUM_UPDATES}"),
+    *("--config.eval.every=6", "--config.eval.max_batches=2", "--config.checkpoint.every=2"),
+    *("--config.checkpoint.keep=2", "--config.logging.every=1"),
+    *("--config.sample.prompts=('Once upon a time',)", "--config.sample.max_new_tokens=8"),
+]
+
+
+@dataclass
+class Start:
+    """What is seen of one process so far."""
+
+    workdir: Path
+    text: str = ""
+
+    def says(self, pattern: str) -> bool:
+        return re.search(pattern, self.text, re.MULTILINE) is not None
+
+    def saves(self) -> bool:
+        return any("tmp" in path.name for path in (self.workdir / "checkpoints").glob("*"))
+
+
+# When the phase of a process has begun, and the longest time in seconds from then to the kill.
+PHASES: dict[str, tuple[Callable[[Start], bool], float]] = {
+    "start-up": (lambda start: True, 3.0),
+    "tokenizer": (lambda start: start.says("^tokenizer: training"), 1.0),
+    "encoding": (lambda start: start.says("^(train|validation): encoding"), 0.5),
+    "training": (lambda start: start.says(r"^update \d+/(?s:.*)^update \d+/"), 0.3),
+    "saving": (lambda start: start.says(r"^update \d+/") and start.saves(), 0.05),
+    "evaluation": (lambda start: start.says(r"^update \d+: validation loss"), 0.3),
+    "report": (lambda start: start.says(rf"^update {NUM_UPDATES} of {NUM_UPDATES} "), 1.5),
+}
+# In the order in which a run comes by; each kind of phase as often as said.
+SHORT = [{"start-up": 1, "tokenizer": 1}, {"encoding": 1}, {"training": 2, "saving": 2, "evaluation": 2}, {"report": 1}]
+WHOLE = [{"start-up": 2, "tokenizer": 2}, {"encoding": 2}, {"training": 2, "saving": 3, "evaluation": 1}, {"report": 1}]
+
+
+def plan_kills(rounds: list[dict[str, int]], rng: random.Random) -> Iterator[str]:
+    for phases in rounds:
+        kills = [phase for phase, count in phases.items() for _ in range(count)]
+        rng.shuffle(kills)
+        yield from kills
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with stories, for runs that share nothing but compiled programs."""
+
+    folder: Path
+
+    def command(self, life: str) -> list[str]:
+        return [
+            *(sys.executable, "scripts/train.py", *FLAGS, f"--workdir={self.folder / life / 'run'}"),
+            f"--config.data.train_files={self.folder / 'train.txt'}",
+            f"--config.data.valid_files={self.folder / 'valid.txt'}",
+            f"--config.data.cache_dir={self.folder / life / 'cache'}",
+        ]
+
+    def start(self, life: str, phase: str | None, rng: random.Random) -> int:
+        """Runs the command until it ends, or until the random moment of the phase; returns its exit code."""
+        environment = script_environment(
+            JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+        )
+        process = subprocess.Popen(
+            self.command(life),
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        with process:
+            seen = Start(self.folder / life / "run")
+            try:
+                self._watch(process, seen, phase, rng)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        assert code in (0, -signal.SIGKILL), seen.text
+        return code
+
+    def _watch(self, process: subprocess.Popen[bytes], seen: Start, phase: str | None, rng: random.Random) -> None:
+        began, last_moment = time.monotonic(), float("inf")
+        begins, longest = PHASES[phase] if phase else (lambda start: False, 0.0)
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while time.monotonic() < last_moment:
+                assert time.monotonic() - began < SECONDS_PER_START, seen.text
+                if selector.select(timeout=0.002):
+                    if not (content := process.stdout.read()):
+                        return
+                    seen.text += content.decode(errors="replace")
+                if last_moment == float("inf") and begins(seen):
+                    last_moment = time.monotonic() + rng.uniform(0, longest)
+
+
+def files_below(folder: Path) -> set[str]:
+    """Returns the names of all files, but those of TensorBoard, of which every start adds one."""
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_jsonl(path)]
+
+
+def check_the_same(place: Place, life: str) -> None:
+    """Fails where a run that was killed differs from the undisturbed one, or has left anything behind."""
+    ours, undisturbed = place.folder / life, place.folder / "undisturbed"
+    assert parameter_bytes(ours / "run") == parameter_bytes(undisturbed / "run")
+    rows = rows_of(ours / "run" / "metrics.jsonl")
+    assert [row["update"] for row in rows] == list(range(1, NUM_UPDATES + 1))
+    assert rows == rows_of(undisturbed / "run" / "metrics.jsonl")
+    assert rows_of(ours / "run" / "samples.jsonl") == rows_of(undisturbed / "run" / "samples.jsonl")
+    data = find_data(from_dict(json.loads((ours / "run" / "config.json").read_text())))
+    assert data is not None
+    assert f"Finished: {NUM_UPDATES} updates" in (ours / "run" / "report.html").read_text()
+    assert files_below(ours) == files_below(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place = Place(tmp_path_factory.mktemp("kill"))
+    write_stories(place.folder / "train.txt", range(6_000))
+    write_stories(place.folder / "valid.txt", range(6_000, 6_400))
+    # What the stories hash to is remembered only once they are old enough.
+    for name in ("train.txt", "valid.txt"):
+        os.utime(place.folder / name, (1e9, 1e9))
+    assert place.start("undisturbed", None, random.Random(0)) == 0
+    return place
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_comes_to_the_very_same_end(place, full, tally: Counter[str]):
+    rng = random.Random(3)
+    for number in range(9 if full else 1):
+        life = f"life{number}"
+        for phase in plan_kills(WHOLE if full else SHORT, rng):
+            tally["starts"] += 1
+            if place.start(life, phase, rng):
+                tally[f"killed in {phase}"] += 1
+            else:
+                tally[f"done before {phase}"] += 1
+        tally["starts"] += 1
+        assert place.start(life, None, rng) == 0
+        check_the_same(place, life)
+        tally["runs that ended the same"] += 1
+    kills = sum(count for outcome, count in tally.items() if outcome.startswith("killed"))
+    assert kills >= (100 if full else 8), tally
