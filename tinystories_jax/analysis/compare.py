@@ -61,7 +61,10 @@ class Comparison:
         if len(self.sides) == 1:
             return "One side: these runs differ in their seed alone. Their ranges are the noise of a run."
         if found:
-            named = "; ".join(f"{item.name} ({item.pair})" for item in found)
+            pairs: dict[str, list[str]] = {}
+            for item in found:
+                pairs.setdefault(item.name, []).append(item.pair)
+            named = "; ".join(f"{name} ({', '.join(which)})" for name, which in pairs.items())
             chance = f" Of {len(tested)} comparisons at 95 %, one in twenty would be counted by chance alone."
             return f"Larger than the noise: {named}.{chance}"
         if tested:
