@@ -132,7 +132,7 @@ def test_a_disk_full_while_samples_are_written(config, disk, undisturbed, monkey
         with pytest.raises(UserError, match=r"samples.jsonl: cannot be written \((No space|File too).*make room"):
             train_on(config, workdir)
     assert "Traceback" not in capfd.readouterr().err
-    assert restore_params(workdir, "latest")[1].update == 13
+    assert restore_params(workdir, "latest")[1].update in (10, 13)  # that of 13 may have been under way
     disk.make_room()
     assert_goes_on_to_the_same_end(config, workdir, undisturbed)
 

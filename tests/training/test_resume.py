@@ -23,7 +23,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
             train__max_updates=UPDATES,
             eval__every=7,
             checkpoint__every=5,
-            logging__loss_spike_factor=1.01,
+            logging__loss_spike_factor=1.001,
         )
 
 
