@@ -247,6 +247,9 @@ def test_a_damaged_cache_costs_the_damaged_answers_alone(tmp_path):
         ("openai:m", {"OPENAI_BASE_URL": "x.org/v1", "OPENAI_API_KEY": KEY}, "OPENAI_BASE_URL=x.org/v1"),
         ("openai:m", {"OPENAI_BASE_URL": "file:///etc", "OPENAI_API_KEY": KEY}, "OPENAI_BASE_URL=file:///etc"),
         ("openai:m", {"OPENAI_BASE_URL": "http://x", "OPENAI_API_KEY": "a\nb"}, "OPENAI_API_KEY holds"),
+        ("openai:a\x1b[31m", {}, "--judge=openai:a\ufffd[31m: the model's name"),
+        ("openai:a\nb", {}, "the model's name"),
+        ("\x1b[31m", {}, "--judge=\ufffd[31m: must be"),
         ("openai:", {}, "--judge=openai:"),
         ("gpt-4", {}, "must be openai:MODEL"),
     ],
@@ -256,7 +259,45 @@ def test_what_is_missing_is_said_in_one_line(flag, environment, said):
         read_judge(flag, environment, None)
     assert said in str(caught.value)
     assert len(caught.value.problems) == 1
-    assert "a\nb" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1",
+        "http://[:::]/v1",
+        "http://",
+        "http://.",
+        "http://:80/v1",
+        "http://example..com/v1",
+        "http://a%2e%2eb/v1",
+        f"http://{'a' * 70}.org",
+        "http://127.0.0.1:abc/v1",
+        "http://x:0/v1",
+        "http://x:99999/v1",
+        "http://x/ü",
+        "http://ü/v1",
+        "http://x/\udc80",
+        "http://x/\x1b[31m",
+        "http://x/a b",
+        "http://x/v1?a=b",
+        "http://user:secret@x/v1",
+        "http://user:secret/@x:abc/v1",
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_refused_at_the_start(url):
+    with pytest.raises(UserError, match="OPENAI_BASE_URL") as caught:
+        read_judge("openai:m", {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY}, None)
+    assert "secret" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("url", ["https://api.x.org/v1", "http://[::1]:8000/v1", "http://a_b:80", "http://10.0.0.1/"])
+def test_an_address_that_can_be_asked_is_taken(url):
+    judge = read_judge("openai:m", {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY}, None)
+    assert judge is not None
+    assert judge.url == url.rstrip("/")
 
 
 def test_without_the_flag_nobody_judges():

@@ -15,6 +15,7 @@ import re
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,20 +99,39 @@ def read_judge(flag: str, environment: Mapping[str, str], cache: Path | None) ->
     """Returns the judge of `--judge=openai:MODEL`, None for an empty flag; raises `UserError` for what is missing."""
     if not flag:
         return None
+    shown = f"--judge={_printable(flag)}"
     kind, _, model = flag.partition(":")
     if kind != "openai" or not model:
-        raise UserError(f"--judge={flag}: must be openai:MODEL, for any endpoint that speaks OpenAI's chat completions")
+        raise UserError(f"{shown}: must be openai:MODEL, for any endpoint that speaks OpenAI's chat completions")
+    if not model.isprintable():
+        raise UserError(f"{shown}: the model's name holds characters that cannot be printed")
     url, key = (environment.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"))
     if missing := [name for name, value in (("OPENAI_BASE_URL", url), ("OPENAI_API_KEY", key)) if not value]:
         raise UserError(
-            f"--judge={flag}: {' and '.join(missing)} not set in the environment; give the address of an endpoint, up "
-            "to and including its /v1, and a key for it"
+            f"{shown}: {' and '.join(missing)} not set in the environment; give the address of an endpoint, up to and "
+            "including its /v1, and a key for it"
         )
-    if not re.fullmatch(r"https?://[^\s/]+\S*", url):
-        raise UserError(f"OPENAI_BASE_URL={url}: must begin with https:// or http:// and a host")
+    _check_url(url)
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise UserError("OPENAI_API_KEY holds characters that no key has; mend it")
     return Judge(url.rstrip("/"), key, model, cache)
+
+
+def _check_url(url: str) -> None:
+    """Raises `UserError` for an address that no request can go to, without the password that it may hold."""
+    if "@" in url:
+        raise UserError("OPENAI_BASE_URL holds an @: leave out user and password, and give the key in OPENAI_API_KEY")
+    with contextlib.suppress(ValueError):  # as brackets, ports and the parts of a name raise that cannot be
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        host.encode("idna")
+        known = re.fullmatch(r"https?://[^ ?#]+", url) and re.fullmatch(r"[\w.:-]+", host) and parts.port != 0
+        if known and url.isascii() and url.isprintable():
+            return
+    raise UserError(
+        f"OPENAI_BASE_URL={_printable(url)}: must be https:// or http:// and a host, then perhaps a port and a path, "
+        "all in ASCII"
+    )
 
 
 def judge_stories(stories: Sequence[tuple[str, str]], judge: Judge) -> JudgeScores:
@@ -217,6 +237,11 @@ def _describe(judge: Judge, error: urllib.error.HTTPError) -> str:
     with contextlib.suppress(OSError, http.client.HTTPException):
         said = " ".join(error.read(_MOST_BYTES).decode(errors="replace").split())[:300]
     return f"HTTP {error.code} {error.reason}: {said}".replace(judge.key, "[key]")
+
+
+def _printable(text: str) -> str:
+    """Returns a text in one line, without what would steer a terminal or break a table."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
 
 
 def _retry_after(headers: Any) -> float | None:
