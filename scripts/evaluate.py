@@ -58,6 +58,9 @@ def main() -> None:
         write_evaluation(evaluation, run)
     if _JSON.value:
         write_json(evaluation, Path(_JSON.value))
+    asked = evaluation.figures["judge"]
+    if asked and asked["refused"]:
+        raise UserError(asked["problem"])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,11 @@ import dataclasses
 import email.utils
 import json
 import math
+import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.evaluation.judge_stand_in import KEY, MARKS, JudgeServer, Reply, judge_stand_in
+from tests.test_cli import ROOT, script_environment
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.judge import RUBRIC, Judge, judge_stories, read_judge
 
@@ -84,12 +90,16 @@ def test_an_answer_is_found_in_what_surrounds_it(content):
     [
         Reply(status=429, headers={"Retry-After": "0"}),
         Reply(status=429, headers={"Retry-After": "soon"}),
+        Reply(status=429, headers={"Retry-After": "nan"}),
+        Reply(status=429, headers={"Retry-After": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}),
+        Reply(status=429, headers={"Retry-After": "Mon, 99 Jan 2030 99:00:00 +99999999"}),
         Reply(status=503),
         Reply(status=500, body=b"<html>oops</html>"),
         Reply(content=None),
         Reply(seconds=5),
+        Reply(body=b"-5\r\n", headers={"Transfer-Encoding": "chunked"}),
     ],
-    ids=["rate limit", "rate limit without a time", "overloaded", "broken", "silent", "slow"],
+    ids=["in 0 s", "soon", "nan", "in 10^20 years", "on no day", "overloaded", "broken", "silent", "slow", "no HTTP"],
 )
 def test_what_passes_is_waited_for(stumble):
     # Every story stumbles twice at first.
@@ -150,16 +160,85 @@ def test_an_address_where_nobody_listens_is_a_problem_and_no_failure():
     assert math.isnan(scores.intervals["grammar"].low)
 
 
+@pytest.mark.parametrize("seconds_per_byte", [0.1, 0.005], ids=["before the headers end", "in the reply"])
+def test_an_endpoint_that_drips_is_given_up(seconds_per_byte):
+    with judge_stand_in(lambda number, body: Reply(seconds_per_byte=seconds_per_byte)) as server:
+        began = time.monotonic()
+        scores = judge_stories(STORIES, make_judge(server, timeout_seconds=0.3))
+        assert time.monotonic() - began < 8
+    assert (scores.num_judged, scores.refused) == (0, False)
+    assert "takes too long" in str(scores.problem)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_script_while_it_waits_for_the_judge(number, code, tmp_path):
+    (tmp_path / "stories.txt").write_text("Tom had a cat.")
+    with judge_stand_in(lambda number, body: Reply(seconds_per_byte=0.2)) as server:
+        process = subprocess.Popen(
+            [sys.executable, "scripts/evaluate.py", f"--stories={tmp_path / 'stories.txt'}", "--judge=openai:m"],
+            cwd=ROOT,
+            env=script_environment(OPENAI_BASE_URL=server.url, OPENAI_API_KEY=KEY),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            while not server.requests and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(number)
+            try:
+                _, stderr = process.communicate(timeout=15)
+            finally:
+                process.kill()
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_a_refusal_is_an_error_at_once_and_does_not_tell_the_key(status):
-    body = json.dumps({"error": {"message": f"no such thing\nfor {KEY}"}}).encode()
+def test_a_refusal_ends_asking_at_once_and_does_not_tell_the_key(status):
+    body = f"no such thing\nfor {KEY} \x1b[31m".encode()
     with judge_stand_in(lambda number, sent: Reply(status=status, body=body)) as server:
-        with pytest.raises(UserError, match="no such thing") as caught:
-            judge_stories([("", str(number)) for number in range(100)], make_judge(server))
+        scores = judge_stories([("", str(number)) for number in range(100)], make_judge(server))
         assert len(server.requests) < 20
-    assert f"HTTP {status}" in str(caught.value)
-    assert KEY not in str(caught.value)
-    assert "\n" not in str(caught.value)
+    problem = str(scores.problem)
+    assert (scores.num_unjudged, scores.refused) == (100, True)
+    assert f"HTTP {status}" in problem
+    assert "no such thing" in problem
+    assert KEY not in problem
+    assert problem.isprintable()
+
+
+def test_what_was_answered_before_a_refusal_is_kept(tmp_path):
+    with judge_stand_in(lambda number, body: Reply(status=200 if number == 0 else 402)) as server:
+        scores = judge_stories(STORIES, make_judge(server, tmp_path / "judge.jsonl"))
+    assert (scores.num_judged, scores.num_unjudged, scores.refused) == (1, 5, True)
+    assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["/v1/elsewhere", "http://[bad/", "http://example..com"])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirection_is_not_followed(status, place):
+    with judge_stand_in(lambda number, body: Reply(status=status, headers={"Location": place})) as server:
+        scores = judge_stories(STORIES[:1], make_judge(server))
+        assert [path for path, _, _ in server.requests] == ["/v1/chat/completions"]
+    assert (scores.num_judged, scores.refused) == (0, True)
+    assert f"to {place}" in str(scores.problem)
+
+
+def test_https_to_a_port_without_it_is_a_refusal():
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+        scores = judge_stories(STORIES[:1], Judge(url, KEY, "m", None))
+        thread.join()
+    assert scores.refused
+    assert "SSL" in str(scores.problem)
 
 
 # ---- replies that cannot be read
