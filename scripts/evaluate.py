@@ -61,6 +61,9 @@ def main() -> None:
     if _JSON.value:
         write_json(evaluation, Path(_JSON.value))
     print(format_text(evaluation))
+    asked = evaluation.figures["judge"]
+    if asked and asked["refused"]:
+        raise UserError(asked["problem"])
 
 
 def _check_output(output: str, source: str) -> None:

@@ -27,6 +27,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None  # instead of a completion with the content
     seconds: float = 0.0  # before answering
+    seconds_per_byte: float = 0.0
 
     def encode(self) -> bytes:
         if self.body is not None:
@@ -69,6 +70,12 @@ class _Handler(BaseHTTPRequestHandler):
         if reply.content is None:
             return
         with contextlib.suppress(ConnectionError):  # the asker did not wait
+            if reply.seconds_per_byte:
+                for byte in b"HTTP/1.0 200 OK\r\n\r\n" + reply.encode():
+                    self.wfile.write(bytes([byte]))
+                    if self.server.released.wait(reply.seconds_per_byte):
+                        break
+                return
             self.send_response(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.analysis.make_run import make_run
-from tests.evaluation.judge_stand_in import KEY, judge_stand_in
-from tests.test_cli import error_line, error_lines, run_script
+from tests.evaluation.judge_stand_in import KEY, Reply, judge_stand_in
+from tests.test_cli import error_line, error_lines, run_script, script_environment
 from tests.test_end_to_end import Place, make_stories, write_txt
 from tinystories_jax.analysis.report import write_report
 from tinystories_jax.analysis.run_files import read_run
@@ -395,6 +395,22 @@ def test_a_run_whose_caches_are_gone_is_scored_by_its_stories_and_judged(run, pl
     values = json.loads((run / "evaluation.json").read_text())
     assert (values["loss"], values["copies"], values["judge"]["marks"]["grammar"]) == (None, None, 7)
     assert len((run / "judge.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_what_was_measured_is_written_when_the_judge_refuses_or_is_away(status, tmp_path):
+    stories, output = write_txt(tmp_path / "stories.txt", ["Tom had a cat."]), tmp_path / "out.json"
+    with judge_stand_in(lambda number, body: Reply(status=status, headers={"Retry-After": "0"})) as server:
+        environment = script_environment(OPENAI_BASE_URL=server.url, OPENAI_API_KEY=KEY)
+        flags = [f"--stories={stories}", f"--json={output}", "--judge=openai:m"]
+        result = run_script("evaluate", *flags, environment=environment)
+    values = json.loads(output.read_text())
+    assert values["num_stories"] == 1
+    assert values["notes"][-1] == f"judge: stopped, {values['judge']['problem']}"
+    assert values["notes"][-1] in result.stdout
+    errors = [line for line in result.stderr.splitlines() if "rror" in line]
+    assert errors == ([f"error: {values['judge']['problem']}"] if status == 401 else [])
+    assert result.returncode == (2 if status == 401 else 0)
 
 
 @pytest.mark.slow

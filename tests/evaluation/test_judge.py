@@ -4,6 +4,11 @@ import dataclasses
 import email.utils
 import json
 import math
+import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.evaluation.judge_stand_in import KEY, MARKS, JudgeServer, Reply, judge_stand_in
+from tests.test_cli import ROOT, script_environment
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.judge import RUBRIC, Judge, judge_stories, read_judge
 
@@ -84,12 +90,16 @@ def test_an_answer_is_found_in_what_surrounds_it(content):
     [
         Reply(status=429, headers={"Retry-After": "0"}),
         Reply(status=429, headers={"Retry-After": "soon"}),
+        Reply(status=429, headers={"Retry-After": "nan"}),
+        Reply(status=429, headers={"Retry-After": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}),
+        Reply(status=429, headers={"Retry-After": "Mon, 99 Jan 2030 99:00:00 +99999999"}),
         Reply(status=503),
         Reply(status=500, body=b"<html>oops</html>"),
         Reply(content=None),
         Reply(seconds=5),
+        Reply(body=b"-5\r\n", headers={"Transfer-Encoding": "chunked"}),
     ],
-    ids=["rate limit", "rate limit without a time", "overloaded", "broken", "silent", "slow"],
+    ids=["in 0 s", "soon", "nan", "in 10^20 years", "on no day", "overloaded", "broken", "silent", "slow", "no HTTP"],
 )
 def test_what_passes_is_waited_for(stumble):
     # Every story stumbles twice at first.
@@ -150,16 +160,85 @@ def test_an_address_where_nobody_listens_is_a_problem_and_no_failure():
     assert math.isnan(scores.intervals["grammar"].low)
 
 
+@pytest.mark.parametrize("seconds_per_byte", [0.1, 0.005], ids=["before the headers end", "in the reply"])
+def test_an_endpoint_that_drips_is_given_up(seconds_per_byte):
+    with judge_stand_in(lambda number, body: Reply(seconds_per_byte=seconds_per_byte)) as server:
+        began = time.monotonic()
+        scores = judge_stories(STORIES, make_judge(server, timeout_seconds=0.3))
+        assert time.monotonic() - began < 8
+    assert (scores.num_judged, scores.refused) == (0, False)
+    assert "takes too long" in str(scores.problem)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_script_while_it_waits_for_the_judge(number, code, tmp_path):
+    (tmp_path / "stories.txt").write_text("Tom had a cat.")
+    with judge_stand_in(lambda number, body: Reply(seconds_per_byte=0.2)) as server:
+        process = subprocess.Popen(
+            [sys.executable, "scripts/evaluate.py", f"--stories={tmp_path / 'stories.txt'}", "--judge=openai:m"],
+            cwd=ROOT,
+            env=script_environment(OPENAI_BASE_URL=server.url, OPENAI_API_KEY=KEY),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            while not server.requests and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(number)
+            try:
+                _, stderr = process.communicate(timeout=15)
+            finally:
+                process.kill()
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_a_refusal_is_an_error_at_once_and_does_not_tell_the_key(status):
-    body = json.dumps({"error": {"message": f"no such thing\nfor {KEY}"}}).encode()
+def test_a_refusal_ends_asking_at_once_and_does_not_tell_the_key(status):
+    body = f"no such thing\nfor {KEY} \x1b[31m".encode()
     with judge_stand_in(lambda number, sent: Reply(status=status, body=body)) as server:
-        with pytest.raises(UserError, match="no such thing") as caught:
-            judge_stories([("", str(number)) for number in range(100)], make_judge(server))
+        scores = judge_stories([("", str(number)) for number in range(100)], make_judge(server))
         assert len(server.requests) < 20
-    assert f"HTTP {status}" in str(caught.value)
-    assert KEY not in str(caught.value)
-    assert "\n" not in str(caught.value)
+    problem = str(scores.problem)
+    assert (scores.num_unjudged, scores.refused) == (100, True)
+    assert f"HTTP {status}" in problem
+    assert "no such thing" in problem
+    assert KEY not in problem
+    assert problem.isprintable()
+
+
+def test_what_was_answered_before_a_refusal_is_kept(tmp_path):
+    with judge_stand_in(lambda number, body: Reply(status=200 if number == 0 else 402)) as server:
+        scores = judge_stories(STORIES, make_judge(server, tmp_path / "judge.jsonl"))
+    assert (scores.num_judged, scores.num_unjudged, scores.refused) == (1, 5, True)
+    assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["/v1/elsewhere", "http://[bad/", "http://example..com"])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirection_is_not_followed(status, place):
+    with judge_stand_in(lambda number, body: Reply(status=status, headers={"Location": place})) as server:
+        scores = judge_stories(STORIES[:1], make_judge(server))
+        assert [path for path, _, _ in server.requests] == ["/v1/chat/completions"]
+    assert (scores.num_judged, scores.refused) == (0, True)
+    assert f"to {place}" in str(scores.problem)
+
+
+def test_https_to_a_port_without_it_is_a_refusal():
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+        scores = judge_stories(STORIES[:1], Judge(url, KEY, "m", None))
+        thread.join()
+    assert scores.refused
+    assert "SSL" in str(scores.problem)
 
 
 # ---- replies that cannot be read
@@ -247,6 +326,9 @@ def test_a_damaged_cache_costs_the_damaged_answers_alone(tmp_path):
         ("openai:m", {"OPENAI_BASE_URL": "x.org/v1", "OPENAI_API_KEY": KEY}, "OPENAI_BASE_URL=x.org/v1"),
         ("openai:m", {"OPENAI_BASE_URL": "file:///etc", "OPENAI_API_KEY": KEY}, "OPENAI_BASE_URL=file:///etc"),
         ("openai:m", {"OPENAI_BASE_URL": "http://x", "OPENAI_API_KEY": "a\nb"}, "OPENAI_API_KEY holds"),
+        ("openai:a\x1b[31m", {}, "--judge=openai:a\ufffd[31m: the model's name"),
+        ("openai:a\nb", {}, "the model's name"),
+        ("\x1b[31m", {}, "--judge=\ufffd[31m: must be"),
         ("openai:", {}, "--judge=openai:"),
         ("gpt-4", {}, "must be openai:MODEL"),
     ],
@@ -256,7 +338,45 @@ def test_what_is_missing_is_said_in_one_line(flag, environment, said):
         read_judge(flag, environment, None)
     assert said in str(caught.value)
     assert len(caught.value.problems) == 1
-    assert "a\nb" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1",
+        "http://[:::]/v1",
+        "http://",
+        "http://.",
+        "http://:80/v1",
+        "http://example..com/v1",
+        "http://a%2e%2eb/v1",
+        f"http://{'a' * 70}.org",
+        "http://127.0.0.1:abc/v1",
+        "http://x:0/v1",
+        "http://x:99999/v1",
+        "http://x/ü",
+        "http://ü/v1",
+        "http://x/\udc80",
+        "http://x/\x1b[31m",
+        "http://x/a b",
+        "http://x/v1?a=b",
+        "http://user:secret@x/v1",
+        "http://user:secret/@x:abc/v1",
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_refused_at_the_start(url):
+    with pytest.raises(UserError, match="OPENAI_BASE_URL") as caught:
+        read_judge("openai:m", {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY}, None)
+    assert "secret" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("url", ["https://api.x.org/v1", "http://[::1]:8000/v1", "http://a_b:80", "http://10.0.0.1/"])
+def test_an_address_that_can_be_asked_is_taken(url):
+    judge = read_judge("openai:m", {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": KEY}, None)
+    assert judge is not None
+    assert judge.url == url.rstrip("/")
 
 
 def test_without_the_flag_nobody_judges():

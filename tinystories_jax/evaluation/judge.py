@@ -9,19 +9,21 @@ import contextlib
 import email.utils
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import re
+import ssl
 import threading
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -51,13 +53,16 @@ _MOST_TRIES = 5  # for one answer, over rate limits and outages
 _MOST_REPLIES = 3  # for one story, until one can be read
 _LONGEST_PAUSE_SECONDS = 60.0
 _MOST_BYTES = 2**20
+_MOST_SIGNS = 300  # of what the endpoint says, in a message
 _PASSING = frozenset((408, 409, 425, 429))  # and 5xx; what other codes say stays true however often one asks
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Judge:
     """Who is asked, and the file that keeps the answers, None for none. Pauses double from the first one on, unless the
-    endpoint says how long to wait."""
+    endpoint says how long to wait; the timeout is that of a whole reply."""
 
     url: str
     key: str
@@ -79,7 +84,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class JudgeScores:
-    """Means over the stories that were judged, nan where none was; `problem` says why asking ended early."""
+    """Means over the stories that were judged, nan where none was.
+
+    problem: why asking ended early. refused: asking again is of no use before the user mends what the problem names.
+    """
 
     model: str
     num_judged: int
@@ -88,49 +96,82 @@ class JudgeScores:
     intervals: dict[str, Interval]
     age_groups: dict[str, int]
     problem: str | None
+    refused: bool = False
 
 
 class _NoAnswerError(Exception):
     """The endpoint cannot be reached, or turns everybody away for too long."""
 
 
+class _RefusalError(_NoAnswerError):
+    """The endpoint refuses what it is asked, and will again."""
+
+
+class _AsItIs(urllib.request.HTTPErrorProcessor):
+    """Hands over every reply: a redirection is not followed, as that would be a GET without the story."""
+
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
+
+
 def read_judge(flag: str, environment: Mapping[str, str], cache: Path | None) -> Judge | None:
     """Returns the judge of `--judge=openai:MODEL`, None for an empty flag; raises `UserError` for what is missing."""
     if not flag:
         return None
+    shown = f"--judge={_printable(flag)}"
     kind, _, model = flag.partition(":")
     if kind != "openai" or not model:
-        raise UserError(f"--judge={flag}: must be openai:MODEL, for any endpoint that speaks OpenAI's chat completions")
+        raise UserError(f"{shown}: must be openai:MODEL, for any endpoint that speaks OpenAI's chat completions")
+    if not model.isprintable():
+        raise UserError(f"{shown}: the model's name holds characters that cannot be printed")
     url, key = (environment.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"))
     if missing := [name for name, value in (("OPENAI_BASE_URL", url), ("OPENAI_API_KEY", key)) if not value]:
         raise UserError(
-            f"--judge={flag}: {' and '.join(missing)} not set in the environment; give the address of an endpoint, up "
-            "to and including its /v1, and a key for it"
+            f"{shown}: {' and '.join(missing)} not set in the environment; give the address of an endpoint, up to and "
+            "including its /v1, and a key for it"
         )
-    if not re.fullmatch(r"https?://[^\s/]+\S*", url):
-        raise UserError(f"OPENAI_BASE_URL={url}: must begin with https:// or http:// and a host")
+    _check_url(url)
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise UserError("OPENAI_API_KEY holds characters that no key has; mend it")
     return Judge(url.rstrip("/"), key, model, cache)
+
+
+def _check_url(url: str) -> None:
+    """Raises `UserError` for an address that no request can go to, without the password that it may hold."""
+    if "@" in url:
+        raise UserError("OPENAI_BASE_URL holds an @: leave out user and password, and give the key in OPENAI_API_KEY")
+    with contextlib.suppress(ValueError):  # as brackets, ports and the parts of a name raise that cannot be
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        host.encode("idna")
+        known = re.fullmatch(r"https?://[^ ?#]+", url) and re.fullmatch(r"[\w.:-]+", host) and parts.port != 0
+        if known and url.isascii() and url.isprintable():
+            return
+    raise UserError(
+        f"OPENAI_BASE_URL={_printable(url)}: must be https:// or http:// and a host, then perhaps a port and a path, "
+        "all in ASCII"
+    )
 
 
 def judge_stories(stories: Sequence[tuple[str, str]], judge: Judge) -> JudgeScores:
     """Returns the scores of stories, each a prompt and the text that begins with it.
 
     What the judge's cache holds, a file of JSON lines, is not asked again; new answers are added at once. A story whose
-    replies cannot be read stays unjudged. Raises `UserError` where the endpoint refuses what it is asked.
+    replies cannot be read stays unjudged.
     """
     keys = [_key(judge.model, prompt, text) for prompt, text in stories]
     verdicts = _read_cache(judge.cache)
     wanted = {key: story for key, story in zip(keys, stories, strict=True) if key not in verdicts}
-    problem = None
+    problem, refused = None, False
     try:
         for key, verdict in _ask_all(judge, wanted):
             if verdict is not None:
                 verdicts[key] = verdict
                 _append(judge.cache, {"key": key, "model": judge.model, **asdict(verdict)})
     except _NoAnswerError as error:
-        problem = str(error)
+        problem, refused = str(error), isinstance(error, _RefusalError)
     judged = [verdicts[key] for key in keys if key in verdicts]
     columns = {mark: np.array([getattr(verdict, mark) for verdict in judged], np.float64) for mark in MARKS}
     groups = Counter(verdict.age_group for verdict in judged)
@@ -142,6 +183,7 @@ def judge_stories(stories: Sequence[tuple[str, str]], judge: Judge) -> JudgeScor
         intervals={mark: mean_interval(column) for mark, column in columns.items()},
         age_groups={group: groups[group] for group in AGE_GROUPS if groups[group]},
         problem=problem,
+        refused=refused,
     )
 
 
@@ -150,23 +192,42 @@ def judge_stories(stories: Sequence[tuple[str, str]], judge: Judge) -> JudgeScor
 
 def _ask_all(judge: Judge, wanted: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, Verdict | None]]:
     """Yields keys and verdicts as they come; raises the first thing that makes asking the others pointless."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="judge") as pool:
-        futures = {pool.submit(_ask, judge, *story, stop): key for key, story in wanted.items()}
-        failure: Exception | None = None
-        try:
-            for future in as_completed(futures):
+    stop, todo = threading.Event(), iter(wanted.items())
+    running: dict[Future[Verdict | None], str] = {}
+    failure: _NoAnswerError | None = None
+    try:
+        while True:
+            for key, story in itertools.islice(todo, _AT_ONCE - len(running)):
+                running[_in_background(_ask, judge, *story, stop)] = key
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
                 try:
                     verdict = future.result()
-                except (_NoAnswerError, UserError) as error:
-                    failure = failure or error
+                except _NoAnswerError as error:
+                    failure, todo = failure or error, iter(())
                     stop.set()
                 else:
-                    yield futures[future], verdict
-        finally:
-            stop.set()  # also when the user interrupts
-        if failure:
-            raise failure
+                    yield key, verdict
+    finally:
+        stop.set()  # also when the user interrupts
+    if failure:
+        raise failure
+
+
+def _in_background(function: Callable[..., _T], *arguments: Any) -> Future[_T]:
+    """Calls the function in a thread that, unlike those of a pool, does not keep the process from ending."""
+    future: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="judge", daemon=True).start()
+    return future
 
 
 def _ask(judge: Judge, prompt: str, text: str, stop: threading.Event) -> Verdict | None:
@@ -186,46 +247,55 @@ def _ask(judge: Judge, prompt: str, text: str, stop: threading.Event) -> Verdict
 
 def _post(judge: Judge, body: bytes, stop: threading.Event) -> bytes:
     """Returns the endpoint's reply; waits and asks again while what keeps it from answering may pass."""
-    request = urllib.request.Request(f"{judge.url}/chat/completions", data=body)
-    request.add_header("Content-Type", "application/json")
-    # Not sent on to where a redirection leads.
-    request.add_unredirected_header("Authorization", f"Bearer {judge.key}")
     pause, problem = judge.first_pause_seconds, ""
     for attempt in range(_MOST_TRIES):
         if attempt and stop.wait(min(pause, _LONGEST_PAUSE_SECONDS)):
             break
         pause = judge.first_pause_seconds * 2**attempt
         try:
-            with urllib.request.urlopen(request, timeout=judge.timeout_seconds) as response:
-                return response.read(_MOST_BYTES)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = _describe(judge, error)
-            if error.code < 500 and error.code not in _PASSING:
-                raise UserError(
-                    f"the judge refuses ({said}); mend OPENAI_BASE_URL, OPENAI_API_KEY or --judge"
-                ) from error
-            wanted = _retry_after(error.headers)
-            problem, pause = said, pause if wanted is None else wanted
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"{type(error).__name__}: {error}"
+            # A connection's own timeout starts anew with every byte.
+            response, said = _in_background(_exchange, judge, body).result(judge.timeout_seconds)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # the last from what is no HTTP
+            problem = _clean(judge, f"{type(error).__name__}: {str(error) or 'the reply takes too long'}")
+            # No certificate that counts, or no TLS at all; an end in the middle may be an outage.
+            reason = getattr(error, "reason", None)
+            passing = not isinstance(reason, ssl.SSLError) or isinstance(reason, ssl.SSLEOFError)
+        else:
+            if 200 <= response.status < 300:
+                return said
+            place = f", to {response.headers.get('Location', 'nowhere')}" if 300 <= response.status < 400 else ""
+            words = f"HTTP {response.status} {response.reason}{place}: {said.decode(errors='replace')}"
+            problem = _clean(judge, words)
+            passing = response.status >= 500 or response.status in _PASSING
+            wanted = _retry_after(response.headers.get("Retry-After", ""))
+            pause = pause if wanted is None else wanted
+        if not passing:
+            raise _RefusalError(f"the judge refuses ({problem}); mend OPENAI_BASE_URL, OPENAI_API_KEY or --judge")
     raise _NoAnswerError(f"no answer from {judge.url} after {_MOST_TRIES} tries ({problem}); the same command goes on")
 
 
-def _describe(judge: Judge, error: urllib.error.HTTPError) -> str:
-    said = ""
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        said = " ".join(error.read(_MOST_BYTES).decode(errors="replace").split())[:300]
-    return f"HTTP {error.code} {error.reason}: {said}".replace(judge.key, "[key]")
+def _exchange(judge: Judge, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {judge.key}"}
+    request = urllib.request.Request(f"{judge.url}/chat/completions", body, headers)
+    with urllib.request.build_opener(_AsItIs).open(request, timeout=judge.timeout_seconds) as response:
+        return response, response.read(_MOST_BYTES)
 
 
-def _retry_after(headers: Any) -> float | None:
-    """Returns the seconds that a Retry-After asks for, as a number or as a date; None where there is none."""
-    value = headers.get("Retry-After", "")
+def _clean(judge: Judge, said: str) -> str:
+    return _printable(said.replace(judge.key, "[key]"))[:_MOST_SIGNS]
+
+
+def _printable(text: str) -> str:
+    """Returns a text in one line, without what would steer a terminal or break a table."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
+
+
+def _retry_after(value: str) -> float | None:
+    """Returns the seconds that a Retry-After asks for, as a number or as a date; None where it makes no sense."""
     with contextlib.suppress(ValueError):
         seconds = float(value)
         return seconds if seconds >= 0 else None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
