@@ -106,7 +106,7 @@ def test_the_shipped_reference_tells_what_it_was_made_with():
 
 
 def test_the_script_prints_the_table_and_writes_a_reference(tmp_path):
-    for name, split, num in (("train", "train", 60), ("valid", "validation", 8)):
+    for name, split, num in (("train", "train", 60), ("valid", "validation", 40)):
         stories = itertools.islice(iter_sample(split), num)
         (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(stories))
     output = tmp_path / "reference.json.gz"
@@ -127,7 +127,7 @@ def test_the_script_prints_the_table_and_writes_a_reference(tmp_path):
     reference, real = read_reference(output)
     assert reference.source["counted"]["num_stories"] == 60
     assert reference.source["held_out"]["files"] == "valid.txt"
-    assert real.num_stories == 4
+    assert real.num_stories == 20
 
 
 # ---- what the scores can see

@@ -55,11 +55,12 @@ def test_the_figures_are_means_with_intervals():
         cats = int(body["messages"][-1]["content"].split()[-2])
         return Reply(marks(grammar=cats + 1, age_group="4-5" if cats else "13-16"))
 
+    stories = [("Once", f"Once, {day} days ago, there were {cats} cats.") for day in range(4) for cats in range(6)]
     with judge_stand_in(reply) as server:
-        scores = judge_stories(STORIES, make_judge(server))
+        scores = judge_stories(stories, make_judge(server))
     assert scores.marks["grammar"] == pytest.approx(3.5)
     assert 1 < scores.intervals["grammar"].low < 3.5 < scores.intervals["grammar"].high < 6
-    assert scores.age_groups == {"4-5": 5, "13-16": 1}
+    assert scores.age_groups == {"4-5": 20, "13-16": 4}
 
 
 def test_equal_stories_are_sent_once():

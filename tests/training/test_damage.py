@@ -283,13 +283,13 @@ def test_another_environment_is_said_in_a_line_and_goes_on(run, tmp_path, monkey
 
 def rewrite_meta(checkpoint: Path, change: Callable[[dict], None]) -> None:
     """Changes what stands beside the arrays, under a checksum that fits."""
-    from tinystories_jax.training.meta import _digest
+    from tinystories_jax.training.meta import digest_of_meta
 
     path = checkpoint / "meta" / "metadata"
     values = json.loads(path.read_bytes())
     del values["xxh3_128"]
     change(values)
-    path.write_text(json.dumps({**values, "xxh3_128": _digest(values)}))
+    path.write_text(json.dumps({**values, "xxh3_128": digest_of_meta(values)}))
 
 
 def set_in(*keys: str, value: object) -> Callable[[dict], None]:

@@ -145,7 +145,7 @@ def to_file(meta: Meta, params: Leaves, training: Leaves) -> dict[str, Any]:
         for part, table in (("params", params), ("training", training))
     }
     values = {"format": _FORMAT, **meta.to_json(), "leaves": leaves}
-    return {**values, "xxh3_128": _digest(values)}
+    return {**values, "xxh3_128": digest_of_meta(values)}
 
 
 def read_meta(checkpoint: Path) -> tuple[Meta, dict[str, Leaves]]:
@@ -168,7 +168,7 @@ def read_meta(checkpoint: Path) -> tuple[Meta, dict[str, Leaves]]:
     if saved is None and "format" not in values and "tokenizer_sha256" in values:
         raise UserError(f"{path}: made by an older version, without checksums; go on with that one, or train again")
     try:
-        digest = _digest(values)
+        digest = digest_of_meta(values)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if saved != digest:
@@ -205,7 +205,8 @@ def require_same_run(saved: Meta, now: Meta, workdir: Path) -> None:
             )
 
 
-def _digest(values: dict[str, Any]) -> str:
+def digest_of_meta(values: dict[str, Any]) -> str:
+    """Returns the checksum that stands beside `values` in a checkpoint's meta."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return xxhash.xxh3_128_hexdigest(canonical.encode())
 
