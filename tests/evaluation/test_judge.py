@@ -109,10 +109,10 @@ def test_what_passes_is_waited_for(stumble):
 
     with judge_stand_in(reply) as server:
         began = time.monotonic()
-        scores = judge_stories(STORIES[:2], make_judge(server, timeout_seconds=0.3))
+        scores = judge_stories(STORIES[:2], make_judge(server, timeout_seconds=1 if stumble.seconds else 60))
     assert (scores.num_judged, scores.problem) == (2, None)
     assert len(server.requests) == 6
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 9
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
