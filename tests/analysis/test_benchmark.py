@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_cli import error_line, run_script
 from tests.tiny import make_tiny_config, read_tiny_values
-from tinystories_jax.analysis.benchmark import data, growth, roofline, start, train
+from tinystories_jax.analysis.benchmark import data, growth, roofline, start, timing, train
 from tinystories_jax.analysis.benchmark import run as benchmark_run
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes, run_in_child
 from tinystories_jax.analysis.benchmark.decode import measure_decode, time_positions
@@ -19,7 +19,7 @@ from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, num_new_to
 from tinystories_jax.analysis.benchmark.roofline import DeviceRates, count_flash_attention_calls
 from tinystories_jax.analysis.benchmark.run import MODES, run_benchmark
 from tinystories_jax.analysis.benchmark.table import format_section
-from tinystories_jax.analysis.benchmark.timing import Spread, spread_of, take_samples
+from tinystories_jax.analysis.benchmark.timing import Spread, spread_of, take_samples, time_repeated
 from tinystories_jax.analysis.benchmark.train import TrainingRun, cheap_rows, measure_train
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.cache import num_blocks
@@ -43,7 +43,7 @@ def trained() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PEAK_BF16_FLOPS, jax.devices()[0].device_kind, PEAK)
         patch.setattr(train, "measure_rates", lambda: RATES)
-        patch.setattr(train, "_SAMPLE_SECONDS", 1e-9)
+        patch.setattr(timing, "_SAMPLE_SECONDS", 1e-9)
         return measure_train(tiny_config(), 3, 0.01)
 
 
@@ -61,6 +61,18 @@ def test_a_spread_is_that_of_its_values():
 @pytest.mark.parametrize(("each", "number"), [(0.125, 8), (5.0, 3), (1e-9, 20)])
 def test_samples_are_taken_until_the_time_is_spent_within_bounds(each, number):
     assert len(take_samples(lambda: each, seconds=1.0)) == number
+
+
+@pytest.mark.parametrize(("each", "counts"), [(0.0625, [1, 4, 4, 4]), (1.0, [1, 1, 1, 1])])
+def test_short_repetitions_are_sampled_in_rows(each, counts):
+    asked: list[int] = []
+
+    def run(count: int) -> float:
+        asked.append(count)
+        return count * each
+
+    assert time_repeated(run, seconds=0.0) == Spread(each, each, each, 3)
+    assert asked == counts
 
 
 # ---- inputs
@@ -117,7 +129,7 @@ def test_memory_is_that_of_the_state_and_more(trained):
 
 def test_no_peak_is_no_mfu(monkeypatch):
     monkeypatch.setattr(train, "measure_rates", lambda: RATES)
-    monkeypatch.setattr(train, "_SAMPLE_SECONDS", 1e-9)
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 1e-9)
     assert measure_train(tiny_config(num_layers=1), 1, 0.0)["mfu"] is None
 
 
@@ -182,11 +194,12 @@ def test_flash_attention_is_found_in_compiled_text():
 # ---- writing
 
 
-def test_writing_is_timed_by_batch_prompt_and_position(monkeypatch):
+def test_writing_is_timed_by_batch_prompt_and_position():
     values = read_tiny_values()
     values.data.sequence_length = 64
     values.tokenizer.vocab_size = 300
     values.sample.max_new_tokens = 5
+    values.model.num_layers = 1
     config = with_made_up_data(resolve(values))
     decoded = measure_decode(config, (1, 2), 0.0)
     assert [batch["rows"] for batch in decoded["batches"]] == [1, 2]
@@ -241,6 +254,7 @@ def test_without_files_the_data_are_the_bundled_sample(tmp_path):
 # ---- starts
 
 
+@pytest.mark.slow
 def test_a_start_is_timed_by_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "_DOCTOR", ("nodoctor",))
     monkeypatch.delenv("JAX_NUMPY_RANK_PROMOTION")
@@ -266,20 +280,32 @@ def test_a_start_that_fails_is_told_with_its_last_words(tmp_path):
 # ---- growth
 
 
-def test_growth_is_measured_along_every_axis(monkeypatch):
+def test_growth_is_measured_against_flops(monkeypatch):
     monkeypatch.setattr(growth, "_SAMPLE_SECONDS", 1e-9)
     monkeypatch.setattr(growth, "_DECODE_SECONDS", 0.0)
     monkeypatch.setattr(growth, "_MIN_ROUNDS", 1)
+    monkeypatch.setattr(growth, "_AXES", {"depth": growth._AXES["depth"]})
     found = growth.measure_growth(tiny_config(num_layers=1), 2, 1)
-    for axis in ("batch", "context", "depth", "width"):
-        points = found[axis]
-        assert points[1]["deviation"] == 0
-        flops = [point["flops"] for point in points]
-        assert flops == sorted(set(flops))
-    assert found["batch"][-1]["flops"] == 8 * found["batch"][0]["flops"]
-    assert len(found["depth"]) == 3  # half a layer is a layer
-    assert found["width"][-1]["shape"] == "2 x 16, 1 layers, width 64, 96"
+    points = found["axes"]["depth"]
+    assert [point["shape"] for point in points] == [f"2 x 16, {n} layers, width 32, 48" for n in (1, 2, 4)]
+    assert points[1]["deviation"] == 0
+    for point in points:
+        per_flop = [one["seconds"]["median"] / one["flops"] for one in (point, points[1])]
+        assert point["seconds"]["num_samples"] == 1
+        assert point["deviation"] == pytest.approx(per_flop[0] / per_flop[1] - 1)
     assert format_section({"growth": found})
+
+
+def test_every_axis_grows_what_it_names():
+    config, shapes = tiny_config(), {}
+    for axis, (grow, factors) in growth._AXES.items():
+        shapes[axis] = [growth._describe(grow(config, factor)) for factor in factors]
+    assert shapes == {
+        "batch": [f"{rows} x 16, 2 layers, width 32, 48" for rows in (2, 4, 8, 16)],
+        "context": [f"4 x {length}, 2 layers, width 32, 48" for length in (8, 16, 32, 64)],
+        "depth": [f"4 x 16, {layers} layers, width 32, 48" for layers in (1, 2, 4, 8)],
+        "width": [f"4 x 16, 2 layers, width {width}, {width * 3 // 2}" for width in (16, 32, 48, 64)],
+    }
 
 
 # ---- processes
@@ -311,7 +337,7 @@ def test_resident_memory_is_known_here():
 # ---- the whole
 
 
-def test_figures_are_json_with_a_section_for_each_mode(trained, monkeypatch, tmp_path):
+def test_figures_are_json_with_a_section_for_each_mode(trained, monkeypatch):
     monkeypatch.setattr(benchmark_run, "_measure", lambda *arguments: trained)
     sections = [list(figures) for figures in run_benchmark(tiny_config(), "all", rounds=1, peer=False, log=print)]
     assert sections[-1] == ["machine", "config", *MODES]

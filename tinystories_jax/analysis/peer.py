@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
 from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, made_up_tokens, num_new_tokens
-from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples
+from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples, time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import batch_at
 
@@ -32,8 +32,8 @@ def time_training(config: Config, rows: int, seconds: float, compiled: bool, pat
     bf16 autocast on a GPU whose config asks for it, float32 elsewhere; the strongest of PyTorch's AdamW, `fused`.
     """
     run = _TrainingRun(config, rows, compiled, path)
-    first_seconds = run.update()
-    took = spread_of(take_samples(run.update, seconds=seconds, at_least=1))
+    first_seconds = run.run(1)
+    took = time_repeated(run.run, seconds=seconds, at_least=1)
     tokens = rows * config.data.sequence_length * config.train.grad_accum_steps
     return {
         "compile_seconds": max(first_seconds - took.median, 0.0),
@@ -94,10 +94,18 @@ class _TrainingRun:
             fused=True,
         )
 
-    def update(self) -> float:
-        """Returns the seconds of one update, blocks included."""
-        config, began = self._config, time.perf_counter()
-        for _ in range(config.train.grad_accum_steps):
+    def run(self, num_updates: int) -> float:
+        """Returns the seconds of that many updates, blocks included, until the device has finished the last."""
+        began = time.perf_counter()
+        for _ in range(num_updates):
+            self._update()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def _update(self) -> None:
+        config, micro_steps = self._config, self._config.train.grad_accum_steps
+        for _ in range(micro_steps):
             block = batch_at(
                 self._tokens,
                 seed=config.seed,
@@ -109,13 +117,10 @@ class _TrainingRun:
             on_device = torch.from_numpy(block).to(self._device, torch.int64)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=_autocasts(config)):
                 loss = self._loss(self._model, on_device)
-            (loss / config.train.grad_accum_steps).backward()
+            (loss / micro_steps).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.optim.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
 
 
 def _load(config: Config, path: Path) -> tuple[LlamaForCausalLM, torch.Tensor]:

@@ -1,6 +1,7 @@
 """How time grows: a training step with its FLOPs, along batch, context, depth and width; a token with its position."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ def measure_growth(config: Config, rows: int, rounds: int) -> dict[str, Any]:
     config = dataclasses.replace(config, train=dataclasses.replace(with_rows(config, rows).train, grad_accum_steps=1))
     return {
         "rows": rows,
-        **{axis: _measure_axis(config, grow, factors, rounds) for axis, (grow, factors) in _AXES.items()},
+        "axes": {axis: _measure_axis(config, grow, factors, rounds) for axis, (grow, factors) in _AXES.items()},
         "positions": time_positions(with_made_up_data(config), seconds=_DECODE_SECONDS),
     }
 
@@ -40,11 +41,11 @@ def _measure_axis(
     # Half of one layer is one layer: each shape once.
     points = list(dict.fromkeys(with_made_up_data(grow(config, factor)) for factor in factors))
     runs = [TrainingRun(point) for point in points]
-    per_sample = [max(round(_SAMPLE_SECONDS / min(run.run(1)[0] for _ in range(2))), 1) for run in runs]
+    per_sample = [math.ceil(_SAMPLE_SECONDS / run.run(1)) for run in runs]
     samples: list[list[float]] = [[] for _ in runs]
     for _ in range(max(rounds, _MIN_ROUNDS)):
         for run, count, taken in zip(runs, per_sample, samples, strict=True):
-            taken.append(run.run(count)[0] / count)
+            taken.append(run.run(count) / count)
     flops = [
         flops_per_token(point.model, point.data.sequence_length) * point.train.batch_size * point.data.sequence_length
         for point in points

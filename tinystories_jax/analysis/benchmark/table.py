@@ -143,8 +143,8 @@ def _format_start(start: dict[str, Any]) -> list[str]:
 
 def _format_growth(growth: dict[str, Any]) -> list[str]:
     lines = []
-    for axis in ("batch", "context", "depth", "width"):
-        for point in growth[axis]:
+    for axis, points in growth["axes"].items():
+        for point in points:
             took = f"{_milliseconds(point['seconds'])}, {point['flops'] / 1e9:,.1f} GFLOP"
             lines.append(_row(f"{axis}: {point['shape']}", f"{took}, {point['deviation']:+.1%} from linear", 48))
     return [*lines, *_format_positions(growth["positions"])]

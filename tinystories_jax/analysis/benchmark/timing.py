@@ -1,8 +1,12 @@
 """Samples of a duration, and what a sample says: median and spread, never a single figure."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+# A sample is at least so long, as many repetitions as it takes: then waiting for the device hardly counts.
+_SAMPLE_SECONDS = 0.2
 
 
 class Spread(NamedTuple):
@@ -33,3 +37,11 @@ def take_samples(measure: Callable[[], float], *, seconds: float, at_least: int 
     while len(samples) < at_least or (len(samples) < at_most and sum(samples) < seconds):
         samples.append(measure())
     return samples
+
+
+def time_repeated(run: Callable[[int], float], *, seconds: float, at_least: int = 3) -> Spread:
+    """Returns the seconds of one repetition, sampled for about `seconds`; `run(n)` does n of them in a row and returns
+    the seconds they took. It has been warmed up."""
+    per_sample = math.ceil(_SAMPLE_SECONDS / run(1))
+    samples = take_samples(lambda: run(per_sample), seconds=seconds, at_least=at_least)
+    return spread_of(samples).scaled(1 / per_sample)

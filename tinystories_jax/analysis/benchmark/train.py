@@ -1,6 +1,5 @@
 """The very `train_step` of training, timed in the config's own shapes."""
 
-import math
 import time
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
 from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, with_rows
 from tinystories_jax.analysis.benchmark.roofline import count_flash_attention_calls, measure_rates, roofline
-from tinystories_jax.analysis.benchmark.timing import Spread, spread_of, take_samples
+from tinystories_jax.analysis.benchmark.timing import time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import batch_at
 from tinystories_jax.errors import UserError
@@ -19,9 +18,6 @@ from tinystories_jax.model.transformer import num_params, uses_flash_attention
 from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization, split_flops_per_token
 from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
 from tinystories_jax.training.steps import TrainState, init_state, make_train_step
-
-# Updates are timed in rows of at least this, as training runs them, so that waiting for the device hardly counts.
-_SAMPLE_SECONDS = 0.2
 
 
 def cheap_rows(config: Config, max_flops: float) -> int:
@@ -34,7 +30,7 @@ def cheap_rows(config: Config, max_flops: float) -> int:
 
 
 class TrainingRun:
-    """The state of a run on made-up tokens, and its `train_step` compiled for train.batch_size rows.
+    """The state of a run on made-up tokens, and its `train_step` compiled for train.batch_size rows and warmed up.
 
     `compiled` is that program, `compile_seconds` what tracing and compiling it took.
     """
@@ -58,41 +54,38 @@ class TrainingRun:
         self.compiled = lower(jax.eval_shape(make_state), block, self._article_mask_V).compile()
         self.compile_seconds = time.perf_counter() - began
         self._state = jax.block_until_ready(jax.jit(make_state)())
-
-    def run(self, num_updates: int) -> tuple[float, float]:
-        """Returns the seconds of that many updates, and those of them in which the host made and sent blocks."""
-        config, waited = self.config, 0.0
-        began = time.perf_counter()
-        for _ in range(num_updates * config.train.grad_accum_steps):
-            asked = time.perf_counter()
-            block = jax.device_put(
-                batch_at(
-                    self._tokens,
-                    seed=config.seed,
-                    micro_step=self._micro_step,
-                    batch_size=config.train.batch_size,
-                    sequence_length=config.data.sequence_length,
-                )
-            )
-            waited += time.perf_counter() - asked
-            self._state, _ = self.compiled(self._state, block, self._article_mask_V)
-            self._micro_step += 1
-        jax.block_until_ready(self._state)
-        return time.perf_counter() - began, waited
-
-    def time_updates(self, seconds: float, *, at_least: int = 3) -> tuple[Spread, float]:
-        """Returns the seconds of an update, sampled for about `seconds`, and the share of them spent on blocks."""
+        self._waited_seconds = self._ran_seconds = 0.0
         self.run(1)
-        per_sample = math.ceil(_SAMPLE_SECONDS / self.run(1)[0])
-        waits: list[float] = []
+        # Warmed up: from here on it counts.
+        self._waited_seconds = self._ran_seconds = 0.0
 
-        def measure() -> float:
-            took, waited = self.run(per_sample)
-            waits.append(waited)
-            return took
+    def run(self, num_updates: int) -> float:
+        """Returns the seconds of that many updates, until the device has finished the last."""
+        began = time.perf_counter()
+        for _ in range(num_updates * self.config.train.grad_accum_steps):
+            self._state, _ = self.compiled(self._state, self._next_block(), self._article_mask_V)
+        jax.block_until_ready(self._state)
+        took = time.perf_counter() - began
+        self._ran_seconds += took
+        return took
 
-        samples = take_samples(measure, seconds=seconds, at_least=at_least)
-        return spread_of(samples).scaled(1 / per_sample), sum(waits) / sum(samples)
+    def data_wait_fraction(self) -> float:
+        """Returns the share of the time in which the host cut blocks and began to send them."""
+        return self._waited_seconds / self._ran_seconds
+
+    def _next_block(self) -> jax.Array:
+        began = time.perf_counter()
+        block = batch_at(
+            self._tokens,
+            seed=self.config.seed,
+            micro_step=self._micro_step,
+            batch_size=self.config.train.batch_size,
+            sequence_length=self.config.data.sequence_length,
+        )
+        self._micro_step += 1
+        on_device = jax.device_put(block)
+        self._waited_seconds += time.perf_counter() - began
+        return on_device
 
 
 def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
@@ -100,7 +93,7 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
     config = with_rows(config, rows)
     try:
         run = TrainingRun(config)
-        update_seconds, waiting = run.time_updates(seconds)
+        update_seconds = time_repeated(run.run, seconds=seconds)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -128,7 +121,7 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
         "flops_per_token": token_flops,
         "flops_formula": describe_flops(config),
         "mfu": model_flops_utilization(tokens_per_second.median, token_flops),
-        "data_wait_fraction": waiting,
+        "data_wait_fraction": run.data_wait_fraction(),
         "peak_memory": peak_memory,
         "flash_attention": {"expected": uses_flash_attention(config.model, device), "calls_in_hlo": flash_calls},
         "copy_bytes_per_second": rates.copy_bytes_per_second._asdict(),
@@ -146,7 +139,7 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
 def time_training(config: Config, rows: int, seconds: float) -> dict[str, Any]:
     """Returns what is compared with a peer: seconds of compiling, and medians of an update and of tokens per second."""
     run = TrainingRun(with_rows(config, rows))
-    update_seconds, _ = run.time_updates(seconds, at_least=1)
+    update_seconds = time_repeated(run.run, seconds=seconds, at_least=1)
     tokens = rows * config.data.sequence_length * config.train.grad_accum_steps
     return {
         "compile_seconds": run.compile_seconds,
