@@ -3,6 +3,7 @@
 Nothing here imports JAX, so that memory is that of the data's own code.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -68,8 +69,9 @@ def _find_stories(config: Config, folder: Path) -> tuple[StorySource, str]:
         return train_source(config.data), f"the config's files {config.data.train_files}"
     # As a file: the pipeline is to be timed, not the grammar that writes the sample.
     path = folder / "stories.txt"
-    path.write_text(END_OF_STORY.join(iter_sample("train")), encoding="utf-8")
-    return StorySource("files", "train", files=str(path), max_stories=config.data.max_stories), "the bundled sample"
+    stories = itertools.islice(iter_sample("train"), config.data.max_stories or None)
+    path.write_text(END_OF_STORY.join(stories), encoding="utf-8")
+    return StorySource("files", "train", files=str(path)), "the bundled sample"
 
 
 def prepare_vocabulary(config: Config, source: StorySource, folder: Path) -> dict[str, Any]:

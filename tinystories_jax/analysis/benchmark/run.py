@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 import tinystories_jax
-from tinystories_jax.analysis.benchmark.child import run_in_child
+from tinystories_jax.analysis.benchmark.child import Environment, run_in_child
 from tinystories_jax.analysis.benchmark.data import measure_data
 from tinystories_jax.analysis.benchmark.decode import measure_decode
 from tinystories_jax.analysis.benchmark.growth import measure_growth
@@ -33,6 +33,8 @@ _WITH_PEER = ("train", "decode")
 _CPU_STEP_FLOPS, _CPU_QUICK_STEP_FLOPS = 1e12, 2e11
 _TRAIN_SECONDS, _DECODE_SECONDS, _ROUND_SECONDS = 20.0, 10.0, 10.0
 _DECODE_ROWS, _DECODE_ROWS_ON_CPU = (1, 32, 64, 256), (1, 32)
+# What is compiled is compiled here and now, not found among the programs of an earlier run.
+_COMPILING: Environment = {"JAX_COMPILATION_CACHE_DIR": None}
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "tokenizers", "numpy", "torch", "transformers")
 _SETTINGS = ("JAX_", "XLA_", "MALLOC_", "OMP_", "MKL_", "TOKENIZERS_", "RAYON_", "CUDA_", "TORCH", "LD_PRELOAD")
 
@@ -73,15 +75,15 @@ def _choose_modes(mode: str, peer: bool) -> tuple[str, ...]:
 def _measure(name: str, config: Config, device: dict[str, Any], rounds: int, log: Callable[[str], None]) -> Any:
     shapes, rows, quick_rows = with_made_up_data(config), device["rows"], device["quick_rows"]
     if name == "train":
-        return run_in_child(measure_train, shapes, rows, _TRAIN_SECONDS)
+        return run_in_child(measure_train, shapes, rows, _TRAIN_SECONDS, environment=_COMPILING)
     if name == "decode":
         batch_sizes = _DECODE_ROWS_ON_CPU if device["platform"] == "cpu" else _DECODE_ROWS
-        return run_in_child(measure_decode, shapes, batch_sizes, _DECODE_SECONDS)
+        return run_in_child(measure_decode, shapes, batch_sizes, _DECODE_SECONDS, environment=_COMPILING)
     if name == "data":
         return measure_data(config, rounds, log)
     if name == "start":
         return measure_start(config, quick_rows, rounds, log)
-    return run_in_child(measure_growth, config, quick_rows, rounds)
+    return run_in_child(measure_growth, config, quick_rows, rounds, environment=_COMPILING)
 
 
 def _compare(name: str, shapes: Config, device: dict[str, Any], rounds: int, log: Callable[[str], None]) -> Any:
