@@ -144,6 +144,11 @@ def file_flags(tmp_path: Path, train: Path, valid: Path | None = None) -> list[s
         ("report", ["runs/none"], ["runs/none/config.json does not exist"]),
         ("report", ["runs/none", "--open"], ["open"]),
         ("compare", ["runs/none"], ["RUN is missing", "needed 2", "given 1"]),
+        ("benchmark", ["dance"], ["'dance' is no mode", "train, decode, data, start, growth"]),
+        ("benchmark", ["train", "decode"], ["'decode'", "one MODE too many"]),
+        ("benchmark", ["data", "--peer"], ["--peer", "'data'", "train, decode"]),
+        ("benchmark", ["train", "--rounds=0"], ["--rounds=0"]),
+        ("benchmark", ["train", "--json=runs/none/figures.json"], ["runs/none/figures.json"]),
     ],
 )
 def test_a_flag_that_cannot_be_used_is_refused_by_name(script, arguments, said):
@@ -201,6 +206,7 @@ def test_a_config_file_without_sections_is_refused_by_their_names(tmp_path):
         ("calibrate", ["--train_files", "--valid_files", "--output"]),
         ("evaluate", ["--checkpoint", "--stories", "--step", "--num_stories", "--data", "--json", "--judge"]),
         ("evaluate", ["--temperature", "--seed"]),
+        ("benchmark", ["--config", "--[no]peer", "--rounds", "--json"]),
     ],
 )
 def test_help_names_the_flags(script, names):
@@ -212,7 +218,7 @@ def test_help_names_the_flags(script, names):
 
 def test_every_script_is_in_the_test_of_its_help():
     scripts = {"train", "prepare", "sample", "train_tokenizer", "doctor", "plan"}
-    scripts |= {"evaluate", "report", "compare", "calibrate"}
+    scripts |= {"evaluate", "report", "compare", "calibrate", "benchmark"}
     assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == scripts
 
 

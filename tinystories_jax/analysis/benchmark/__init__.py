@@ -1,0 +1,1 @@
+"""What this machine makes of the code that training, writing and preparing run: `run.py` is where it begins."""

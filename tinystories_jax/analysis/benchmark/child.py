@@ -1,0 +1,80 @@
+"""Measures in a process of its own: nothing that ran before changes its memory, its threads or its allocator."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tinystories_jax.errors import UserError
+
+_Result = TypeVar("_Result")
+# Variables to set for a process; None removes one.
+Environment = Mapping[str, str | None]
+
+
+def run_in_child(function: Callable[..., _Result], *arguments: Any, environment: Environment = {}) -> _Result:  # noqa: B006
+    """Returns `function(*arguments)` of a fresh process; `function` stands at the top of a module.
+
+    Raises its `UserError`. What it prints goes to stderr: stdout belongs to results.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments))
+    with _changed_environment(environment):
+        process.start()
+    sender.close()
+    try:
+        problems, result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"measuring {function.__name__} ended with exit code {process.exitcode}; see above"
+        ) from None
+    finally:
+        # It has answered, has failed, or is not waited for any longer.
+        process.kill()
+        process.join()
+    if problems:
+        raise UserError(problems)
+    return result
+
+
+def peak_resident_bytes() -> int | None:
+    """Returns the most memory that this process has held so far; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    # Not ru_maxrss, which begins with the memory of the process that started this one.
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        sender.send(((), function(*arguments)))
+    except UserError as error:
+        sender.send((error.problems, None))
+
+
+@contextlib.contextmanager
+def _changed_environment(changes: Environment) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    _apply(changes)
+    try:
+        yield
+    finally:
+        _apply(before)
+
+
+def _apply(changes: Environment) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

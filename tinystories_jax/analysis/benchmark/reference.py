@@ -1,0 +1,50 @@
+"""Our parameters under the names of Hugging Face's LlamaForCausalLM, and the loss they give: what a peer must equal."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinystories_jax.analysis.benchmark.inputs import made_up_tokens
+from tinystories_jax.config import Config, ModelConfig
+from tinystories_jax.data.cache import batch_at
+from tinystories_jax.model.loss import next_token_loss
+from tinystories_jax.model.transformer import Params, forward, init_params, num_params
+
+_NUM_ROWS = 2
+
+
+def write_reference(config: Config, path: Path) -> dict[str, Any]:
+    """Writes fresh parameters (under Hugging Face's names) and a block of two rows into `path`, an .npz file; returns
+    the count of parameters and the float32 loss, in nats per token, of those parameters on that block."""
+    model = ModelConfig(**{**vars(config.model), "dtype": "float32"})
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    block = batch_at(
+        made_up_tokens(config),
+        seed=0,
+        micro_step=0,
+        batch_size=_NUM_ROWS,
+        sequence_length=config.data.sequence_length,
+    )
+
+    @jax.jit
+    def measure_loss(params: Params, block: jax.Array) -> jax.Array:
+        targets_BT = block[:, 1:]
+        return next_token_loss(forward(params, block[:, :-1], model), targets_BT, jnp.ones(targets_BT.shape))
+
+    arrays: dict[str, Any] = {"block": block, **to_llama_weights(params)}
+    np.savez(path, **arrays)
+    return {"num_params": num_params(model), "loss": float(measure_loss(params, jnp.asarray(block)))}
+
+
+def to_llama_weights(params: Params) -> dict[str, np.ndarray]:
+    """Returns the parameters by Hugging Face's names: a matrix (out, in), the transpose of ours (in, out)."""
+    weights: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *modules, kind = (str(part.key) for part in path)
+        prefix = "" if modules[0] == "lm_head" else "model."
+        value = np.asarray(leaf)
+        weights[f"{prefix}{'.'.join(modules)}.weight"] = value.T if kind == "kernel" else value
+    return weights

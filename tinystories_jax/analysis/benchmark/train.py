@@ -1,0 +1,171 @@
+"""The very `train_step` of training, timed in the config's own shapes."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
+from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, with_rows
+from tinystories_jax.analysis.benchmark.roofline import count_flash_attention_calls, measure_rates, roofline
+from tinystories_jax.analysis.benchmark.timing import time_repeated
+from tinystories_jax.config import Config
+from tinystories_jax.data.cache import batch_at
+from tinystories_jax.errors import UserError
+from tinystories_jax.evaluation.validation import article_mask
+from tinystories_jax.model.transformer import num_params, uses_flash_attention
+from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization, split_flops_per_token
+from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.steps import TrainState, init_state, make_train_step
+
+
+def cheap_rows(config: Config, max_flops: float) -> int:
+    """Returns train.batch_size, halved on a CPU until a micro-step has at most `max_flops`, and at least one row."""
+    rows = config.train.batch_size
+    flops_per_row = flops_per_token(config.model, config.data.sequence_length) * config.data.sequence_length
+    while jax.default_backend() == "cpu" and rows > 1 and rows * flops_per_row > max_flops:
+        rows //= 2
+    return rows
+
+
+class TrainingRun:
+    """The state of a run on made-up tokens, and its `train_step` compiled for train.batch_size rows and warmed up.
+
+    `compiled` is that program, `compile_seconds` what tracing and compiling it took.
+    """
+
+    def __init__(self, config: Config):
+        assert config.schedule is not None
+        self.config = config
+        self._tokens = made_up_tokens(config)
+        self._article_mask_V = article_mask((), config.model.vocab_size)
+        self._micro_step = 0
+        optimizer = make_optimizer(config)
+        train_step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
+        block = jax.ShapeDtypeStruct((config.train.batch_size, config.data.sequence_length + 1), np.int32)
+
+        def make_state() -> TrainState:
+            return init_state(config, optimizer)
+
+        began = time.perf_counter()
+        # A jitted function; its type says only what calling it gives.
+        lower: Any = train_step.lower  # type: ignore[attr-defined]
+        self.compiled = lower(jax.eval_shape(make_state), block, self._article_mask_V).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self._state = jax.block_until_ready(jax.jit(make_state)())
+        self._waited_seconds = self._ran_seconds = 0.0
+        self.run(1)
+        # Warmed up: from here on it counts.
+        self._waited_seconds = self._ran_seconds = 0.0
+
+    def run(self, num_updates: int) -> float:
+        """Returns the seconds of that many updates, until the device has finished the last."""
+        began = time.perf_counter()
+        for _ in range(num_updates * self.config.train.grad_accum_steps):
+            self._state, _ = self.compiled(self._state, self._next_block(), self._article_mask_V)
+        jax.block_until_ready(self._state)
+        took = time.perf_counter() - began
+        self._ran_seconds += took
+        return took
+
+    def data_wait_fraction(self) -> float:
+        """Returns the share of the time in which the host cut blocks and began to send them."""
+        return self._waited_seconds / self._ran_seconds
+
+    def _next_block(self) -> jax.Array:
+        began = time.perf_counter()
+        block = batch_at(
+            self._tokens,
+            seed=self.config.seed,
+            micro_step=self._micro_step,
+            batch_size=self.config.train.batch_size,
+            sequence_length=self.config.data.sequence_length,
+        )
+        self._micro_step += 1
+        on_device = jax.device_put(block)
+        self._waited_seconds += time.perf_counter() - began
+        return on_device
+
+
+def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
+    """Returns the figures of training in micro-batches of `rows` rows, updates sampled for about `seconds`."""
+    config = with_rows(config, rows)
+    try:
+        run = TrainingRun(config)
+        update_seconds = time_repeated(run.run, seconds=seconds)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory with train.batch_size={rows}; try --config.train.batch_size={max(1, rows // 2)}"
+        ) from error
+    # Before the rates are measured, which take memory of their own.
+    peak_memory = _peak_memory(run.compiled)
+    rates = measure_rates()
+    length, device = config.data.sequence_length, jax.devices()[0]
+    token_flops = flops_per_token(config.model, length)
+    micro_step_seconds = update_seconds.scaled(1 / config.train.grad_accum_steps)
+    tokens_per_second = micro_step_seconds.rate(rows * length)
+    flash_calls = count_flash_attention_calls(run.compiled.as_text()) if device.platform == "gpu" else None
+    return {
+        "rows": rows,
+        "sequence_length": length,
+        "micro_steps_per_update": config.train.grad_accum_steps,
+        "dtype": config.model.dtype,
+        "num_params": num_params(config.model),
+        "compile_seconds": run.compile_seconds,
+        "micro_step_seconds": micro_step_seconds._asdict(),
+        "update_seconds": update_seconds._asdict(),
+        "tokens_per_second": tokens_per_second._asdict(),
+        "flops_per_token": token_flops,
+        "flops_formula": describe_flops(config),
+        "mfu": model_flops_utilization(tokens_per_second.median, token_flops),
+        "data_wait_fraction": run.data_wait_fraction(),
+        "peak_memory": peak_memory,
+        "flash_attention": {"expected": uses_flash_attention(config.model, device), "calls_in_hlo": flash_calls},
+        "copy_bytes_per_second": rates.copy_bytes_per_second._asdict(),
+        "matmul_flops_per_second": {name: rate._asdict() for name, rate in rates.matmul_flops_per_second.items()},
+        "roofline": roofline(
+            run.compiled.cost_analysis(),
+            formula_flops=token_flops * rows * length,
+            seconds=micro_step_seconds.median,
+            rates=rates,
+            dtype=config.model.dtype,
+        )._asdict(),
+    }
+
+
+def time_training(config: Config, rows: int, seconds: float) -> dict[str, Any]:
+    """Returns what is compared with a peer: seconds of compiling, and medians of an update and of tokens per second."""
+    run = TrainingRun(with_rows(config, rows))
+    update_seconds = time_repeated(run.run, seconds=seconds, at_least=1)
+    tokens = rows * config.data.sequence_length * config.train.grad_accum_steps
+    return {
+        "compile_seconds": run.compile_seconds,
+        "update_seconds": update_seconds.median,
+        "tokens_per_second": tokens / update_seconds.median,
+        **_peak_memory(run.compiled),
+    }
+
+
+def describe_flops(config: Config) -> str:
+    """Returns the formula of `flops_per_token` with the config's figures."""
+    model, length = config.model, config.data.sequence_length
+    split = split_flops_per_token(model, length)
+    return (
+        f"6 x {split.layers / 6:,.0f} (layers) + 6 x {length:,} x {model.num_heads * model.head_dim:,} x "
+        f"{model.num_layers} (causal attention: context x width x layers) + 6 x {model.vocab_size:,} x "
+        f"{model.d_model:,} (logits)"
+    )
+
+
+def _peak_memory(compiled: Any) -> dict[str, int | None]:
+    """Returns bytes: what XLA plans for a step, the most the device's allocator gave, the most this process held."""
+    planned = compiled.memory_analysis()
+    new_outputs = planned.output_size_in_bytes - planned.alias_size_in_bytes
+    return {
+        "planned_bytes": planned.argument_size_in_bytes + new_outputs + planned.temp_size_in_bytes,
+        "device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "process_bytes": peak_resident_bytes(),
+    }
