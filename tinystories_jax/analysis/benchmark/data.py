@@ -19,7 +19,15 @@ import xxhash
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes, run_in_child
 from tinystories_jax.analysis.benchmark.timing import spread_of
 from tinystories_jax.config import Config
-from tinystories_jax.data.cache import MANIFEST_FILE, TOKENS_FILE, batch_at, cache_fingerprint, open_cache, write_cache
+from tinystories_jax.data.cache import (
+    MANIFEST_FILE,
+    TOKENS_FILE,
+    batch_at,
+    cache_fingerprint,
+    fingerprint_of,
+    open_cache,
+    write_cache,
+)
 from tinystories_jax.data.files import END_OF_STORY
 from tinystories_jax.data.prepare import train_source
 from tinystories_jax.data.sample import iter_sample
@@ -139,12 +147,12 @@ def measure_cache(folder: Path, num_bytes: int) -> dict[str, Any]:
     Cold: its pages have been dropped from the system's memory before, as far as the file system allows.
     """
     cache = folder / "cache"
-    fingerprint = _grow(cache, num_bytes)
+    fingerprint, vocab_size = _grow(cache, num_bytes), load_tokenizer(folder / "tokenizer").vocab_size
 
     def open_it() -> tuple[float, np.ndarray]:
         began = time.perf_counter()
-        tokens = open_cache(cache, fingerprint=fingerprint, rebuild_command="nothing: it was made up").tokens
-        return time.perf_counter() - began, tokens
+        opened = open_cache(cache, fingerprint=fingerprint, vocab_size=vocab_size, rebuild_command="none: made up")
+        return time.perf_counter() - began, opened.tokens
 
     _drop_pages(cache / TOKENS_FILE)
     open_cold_seconds, tokens = open_it()
@@ -185,7 +193,9 @@ def _grow(cache: Path, num_bytes: int) -> str:
         file.flush()
         os.fsync(file.fileno())
     manifest = json.loads((cache / MANIFEST_FILE).read_bytes())
-    manifest |= {"num_tokens": manifest["num_tokens"] * times, "checksum": checksum.hexdigest()}
+    del manifest["checksum"]
+    manifest |= {"num_tokens": manifest["num_tokens"] * times, "tokens_checksum": checksum.hexdigest()}
+    manifest["checksum"] = fingerprint_of(manifest)
     (cache / MANIFEST_FILE).write_text(json.dumps(manifest))
     return cache_fingerprint(manifest["tokenizer_sha256"], manifest["source"])
 
