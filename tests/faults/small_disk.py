@@ -50,8 +50,9 @@ class SmallDisk:
         )
 
     def files(self) -> list[str]:
-        """Returns what lies there, folders that are empty left out."""
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        """Returns what lies there but empty folders and the memory of hashes, kept once the stories are not new."""
+        files = [path for path in self.folder.rglob("*") if path.is_file() and path.name != "source_hashes.json"]
+        return sorted(str(path.relative_to(self.folder)) for path in files)
 
 
 @contextlib.contextmanager
