@@ -1,7 +1,6 @@
 """A disk that is soon full: a small file system where mounting is allowed, else a limit on the size of files."""
 
 import contextlib
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,24 +33,22 @@ class SmallDisk:
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Runs Python with these arguments in the root of the checkout, under the limit if that is the only one."""
 
-        def limit() -> None:
-            if self._limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit, self._limit))
-
+        # By a shell and not between fork and exec: where JAX has been imported, it warns of every fork.
+        limited = [] if self._limit is None else ["sh", "-c", f'ulimit -f {self._limit // 512} && exec "$@"', "sh"]
         return subprocess.run(
-            [sys.executable, *arguments],
+            [*limited, sys.executable, *arguments],
             cwd=ROOT,
             env=script_environment(**variables),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=120,
-            preexec_fn=limit,
         )
 
     def files(self) -> list[str]:
-        """Returns what lies there, folders that are empty left out."""
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        """Returns what lies there but empty folders and the memory of hashes, kept once the stories are not new."""
+        files = [path for path in self.folder.rglob("*") if path.is_file() and path.name != "source_hashes.json"]
+        return sorted(str(path.relative_to(self.folder)) for path in files)
 
 
 @contextlib.contextmanager

@@ -80,8 +80,8 @@ def test_no_room_for_the_tokenizer(tmp_path, stories, tally: Counter[str]):
 
 def test_no_room_for_a_tokenizer_of_its_own(tmp_path, stories, tally: Counter[str]):
     with small_disk(tmp_path / "disk", 4096) as disk:
-        arguments = ["scripts/train_tokenizer.py", "--source=files", f"--train_files={tmp_path / 'valid.txt'}"]
-        arguments += ["--vocab_size=300", f"--output_dir={disk.folder}"]
+        arguments = ["scripts/train_tokenizer.py", "--source=files", f"--train_files={tmp_path / 'train.txt'}"]
+        arguments += ["--vocab_size=1000", f"--output_dir={disk.folder}"]
         line = error_line(disk.run(*arguments))
         assert f"cannot write {disk.folder}/tokenizer.json" in line
         assert disk.files() == []

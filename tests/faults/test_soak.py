@@ -18,9 +18,12 @@ FLAGS = [
     *("--config.data.sequence_length=16", "--config.tokenizer.vocab_size=300"),
     *("--config.model.d_model=16", "--config.model.num_layers=1", "--config.model.num_heads=2"),
     *("--config.model.num_kv_heads=1", "--config.model.d_ff=16", "--config.train.batch_size=2"),
-    *("--config.eval.max_batches=2", "--config.checkpoint.keep=1", "--config.logging.every=10"),
+    *("--config.eval.max_batches=2", "--config.checkpoint.keep=1", "--config.logging.every=5"),
     *("--config.sample.prompts=('Once upon a time',)", "--config.sample.max_new_tokens=8"),
 ]
+
+
+SEEN = ("resident_megabytes", "open_files", "threads")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def watch(command: list[str]) -> tuple[list[Look], list[str]]:
 
 @pytest.mark.slow
 def test_a_long_run_grows_in_nothing(tmp_path, full, tally: Counter[str]):
-    num_updates, every = (2_000, 100) if full else (300, 20)
+    num_updates, every = (2_000, 100) if full else (300, 50)
     train, valid = write_stories(tmp_path / "train.txt", range(200)), write_stories(tmp_path / "valid.txt", range(9))
     looks, lines = watch(
         [
@@ -84,11 +87,16 @@ def test_a_long_run_grows_in_nothing(tmp_path, full, tally: Counter[str]):
     warm = [look for look in looks if look.update > 2 * every]
     early, late = warm[: len(warm) // 3], warm[-(len(warm) // 3) :]
     assert len(early) >= 5
-    before, after = (statistics.median(look.resident_megabytes for look in part) for part in (early, late))
-    tally |= Counter({"updates": num_updates, "looks": len(warm), "kB grown": round((after - before) * 1024)})
-    assert after < before * 1.02, (before, after)
-    assert max(look.open_files for look in late) <= max(look.open_files for look in early)
-    assert max(look.threads for look in late) <= max(look.threads for look in early)
+    # A save under way has files and threads of its own, so that single looks differ by ten; what leaks lifts them all.
+    before, after = (
+        {name: statistics.median(getattr(look, name) for look in part) for name in SEEN} for part in (early, late)
+    )
+    tally |= Counter({"updates": num_updates, "looks": len(warm)})
+    for name in SEEN:
+        tally |= Counter({f"{name} early": round(before[name]), f"{name} late": round(after[name])})
+    assert after["resident_megabytes"] < before["resident_megabytes"] * 1.02
+    assert after["open_files"] <= before["open_files"] + 2
+    assert after["threads"] <= before["threads"] + 2
     evaluated = [number for number, line in enumerate(lines) if re.match(r"update \d+: \d+ stories", line)]
     assert len(evaluated) == num_updates // every
     compiled = [number for number, line in enumerate(lines) if "Compiling " in line]

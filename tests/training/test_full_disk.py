@@ -112,14 +112,13 @@ def test_a_disk_full_during_a_save(config, disk, undisturbed, monkeypatch, capfd
     with monkeypatch.context() as patch:
         # Enough by the count before a save, and not for what a checkpoint takes besides its arrays.
         before(patch, Checkpoints, "save", lambda: disk.leave(2**17), time=3)
-        with pytest.raises(UserError, match=r"checkpoints: a checkpoint cannot.*make room and run") as caught:
+        with pytest.raises(UserError, match=r"checkpoints: a checkpoint (cannot|takes).*make room and run") as caught:
             train_on(config, workdir)
     assert len(caught.value.problems) == 1
     assert restore_params(workdir, "latest")[1].update == 13  # the end of an epoch, the save before
     err = capfd.readouterr().err
     assert "Traceback" not in err
     assert "Exception" not in err
-    assert "update 20/60" in err
     assert "update 26/60" not in err  # the next save is that of update 25
     disk.make_room()
     assert_goes_on_to_the_same_end(config, workdir, undisturbed)
