@@ -22,6 +22,7 @@ from tests.training.small_run import (
     train_on,
 )
 from tinystories_jax.config import Config
+from tinystories_jax.data.prepare import prepare_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
 from tinystories_jax.training.checkpoint import Checkpoints, has_checkpoint, restore_params
@@ -160,10 +161,10 @@ def test_a_disk_full_while_metrics_are_written(config, disk, monkeypatch, capfd)
 
 
 def test_a_disk_full_from_the_start(config, disk):
+    data = prepare_data(config)
     disk.leave(0)
     with pytest.raises(UserError, match=r"cannot write .*tokenizer.json: (No space|File too).*; free space"):
-        train_on(config, disk.folder / "run")
-    disk.make_room()
+        loop.train(config, data, disk.folder / "run")
 
 
 @pytest.mark.slow
