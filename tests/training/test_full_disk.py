@@ -162,7 +162,7 @@ def test_a_disk_full_while_metrics_are_written(config, disk, monkeypatch, capfd)
 
 def test_a_disk_full_from_the_start(config, disk):
     data = prepare_data(config)
-    disk.leave(0)
+    disk.leave(2**12)
     with pytest.raises(UserError, match=r"cannot write .*tokenizer.json: (No space|File too).*; free space"):
         loop.train(config, data, disk.folder / "run")
 
