@@ -87,6 +87,7 @@ class Checkpoints:
         what = f"update {meta.update}: nothing is saved"
         training = _training_part(state)
         contents = to_file(meta, describe_leaves(state.params, what), describe_leaves(training, what))
+        self.wait()  # before asking for room: why an earlier one failed says more
         needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
@@ -94,7 +95,6 @@ class Checkpoints:
                 "before are intact: make room and run the same command again"
             )
         with self._explain():
-            self._manager.wait_until_finished()
             self._best.evaluations = meta.history.evaluations
             self._manager.save(
                 meta.update,
