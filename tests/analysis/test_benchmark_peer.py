@@ -160,9 +160,9 @@ def test_the_peer_learns(tmp_path: Path):
     write_reference(config, tmp_path / "weights.npz")
     run = peer._TrainingRun(config, 4, False, tmp_path / "weights.npz")
     block = peer._load(config, tmp_path / "weights.npz")[1]
-    before = float(peer._loss(run._model, block))
+    before = peer._loss(run._model, block).detach().item()
     assert run.run(10) > 0
-    assert float(peer._loss(run._model, block)) < before
+    assert peer._loss(run._model, block).detach().item() < before
 
 
 @needs_torch
