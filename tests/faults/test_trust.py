@@ -283,4 +283,7 @@ def test_nothing_is_unpickled_and_no_code_comes_with_data():
     assert len(sources) > 30
     suspicious = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch", "yaml", "np.load"}
     suspicious |= {"eval", "exec", "compile", "allow_pickle=", "trust_remote_code="}
-    assert [path for path in sources if names_in(ast.parse(path.read_text())) & suspicious] == []
+    # The peer that the benchmark runs beside us is PyTorch; it reads arrays that the benchmark has just written.
+    known = {"tinystories_jax/analysis/peer.py": {"torch", "np.load"}}
+    found = {str(path.relative_to(ROOT)): names_in(ast.parse(path.read_text())) & suspicious for path in sources}
+    assert {name: names for name, names in found.items() if names} == known
