@@ -286,3 +286,11 @@ def test_a_config_of_absurd_counts_is_refused(tmp_path, count):
     (run / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"config\.json: cannot be read as a run's config"):
         read_run(run)
+
+
+def test_a_config_of_a_gigabyte_is_not_read(tmp_path):
+    run = make_run(tmp_path / "run")
+    with (run / "config.json").open("ab") as file:
+        file.truncate(2**30)
+    with pytest.raises(UserError, match=r"config\.json has 1,073,741,824 bytes"):
+        read_run(run)

@@ -1,6 +1,5 @@
 """Reads what a run has written so far, at any moment of it and without JAX."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -8,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tinystories_jax.config import Config, Schedule, from_dict
+from tinystories_jax.data.folders import parse_json, read_small_file
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.results import Criterion, Score
 from tinystories_jax.training.jsonl import read_jsonl
 
 Interval = tuple[float, float]
 
+_MAX_JSON_BYTES = 2**26  # of the starts of a run, a hundred thousand of them
 _MOST = 1e30  # no figure of a run is larger; what is was not written by it
 
 
@@ -130,12 +131,17 @@ def read_run(folder: Path) -> RunFiles:
 def _read_config(folder: Path) -> Config:
     path = folder / "config.json"
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(_read_json(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} does not exist: {folder} is no run; give a workdir that train.py made") from error
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read as a run's config ({reason})") from error
+
+
+def _read_json(path: Path) -> Any:
+    """Raises ValueError for what is none, or too large to be a run's."""
+    return parse_json(read_small_file(path, _MAX_JSON_BYTES), path.name)
 
 
 def _read_rows(path: Path, total_updates: int, problems: list[str]) -> list[dict[str, Any]]:
@@ -154,7 +160,7 @@ def _read_evaluation(path: Path, problems: list[str]) -> StoredEvaluation | None
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = _read_json(path)
         return StoredEvaluation(
             update=_count(values, "checkpoint_update"),
             num_stories=_count(values, "num_stories"),
@@ -208,7 +214,7 @@ def _read_starts(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        starts = _read_json(path)["starts"]
         if not all(isinstance(start, dict) for start in starts):
             raise ValueError("a start is no object")
         return list(starts)
