@@ -15,7 +15,7 @@ from tinystories_jax.errors import UserError
 from tinystories_jax.training.checkpoint import Checkpoints, restore_params
 from tinystories_jax.training.environment import describe_environment
 from tinystories_jax.training.meta import Evaluation, History, Meta
-from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import TrainState, init_state, make_train_step
 
 
@@ -41,7 +41,7 @@ def save_run(
     """Trains over as many updates as `losses` names and saves each; returns copies of the saved states."""
     assert config.schedule is not None
     optimizer = make_optimizer(config)
-    step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
+    step = make_train_step(config, optimizer)
     state, saved = init_state(config, optimizer), {}
     now, evaluations = meta_at(0, config, tokenizer), []
     block = np.random.RandomState(0).randint(0, 280, (4, 17)).astype(np.int32)

@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config
 from tinystories_jax.model.transformer import forward
-from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state, make_train_step
 
 NO_ARTICLES_V = jnp.zeros(61, bool)
@@ -33,7 +33,7 @@ def lengthen(config, total_updates):
 
 def start(config) -> tuple[Any, Any]:
     optimizer = make_optimizer(config)
-    step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
+    step = make_train_step(config, optimizer)
     return init_state(config, optimizer), step
 
 

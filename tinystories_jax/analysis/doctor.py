@@ -27,7 +27,7 @@ from tinystories_jax.analysis.logits_checks import check_causality, check_decode
 from tinystories_jax.analysis.machine_checks import check_checkpoint, check_machine
 from tinystories_jax.analysis.small_copy import num_rows_measured
 from tinystories_jax.config import Config, with_data
-from tinystories_jax.data.cache import batch_at, num_blocks
+from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data
 from tinystories_jax.errors import UserError
 
@@ -187,10 +187,5 @@ def _complete(config: Config, data: PreparedData | None) -> Config:
 
 def _first_block(config: Config, data: PreparedData) -> np.ndarray:
     """Returns the first rows that the run trains on, a micro-batch or more."""
-    return batch_at(
-        data.train.tokens,
-        seed=config.seed,
-        micro_step=0,
-        batch_size=max(config.train.batch_size, num_rows_measured(config)),
-        sequence_length=config.data.sequence_length,
-    )
+    num_rows = max(config.train.batch_size, num_rows_measured(config))
+    return micro_batch_at(data.train.tokens, config, 0, num_rows=num_rows)

@@ -190,10 +190,9 @@ def check_precision(config: Config, block: np.ndarray | None) -> Check:
 
 def _not_float32(config: Config) -> list[str]:
     """Returns the names of floating arrays of another dtype in the state before and after a step, and the logits."""
-    assert config.schedule is not None
     optimizer = optim.make_optimizer(config)
     before = jax.eval_shape(lambda: steps.init_state(config, optimizer))
-    train_step = steps.make_train_step(config, optimizer, optim.learning_rate_schedule(config.optim, config.schedule))
+    train_step = steps.make_train_step(config, optimizer)
     block = jax.ShapeDtypeStruct((1, config.data.sequence_length + 1), jnp.int32)
     after, _ = jax.eval_shape(train_step, before, block, jax.ShapeDtypeStruct((config.model.vocab_size,), bool))
     tokens = jax.ShapeDtypeStruct((1, config.data.sequence_length), jnp.int32)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tinystories_jax.config import Config
-from tinystories_jax.data.cache import batch_at
+from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.training.memory import (
@@ -131,13 +131,7 @@ class _Trial:
         jax.block_until_ready(state)
         began = time.perf_counter()
         for _ in range(num_steps):
-            block = batch_at(
-                self._tokens,
-                seed=self._config.seed,
-                micro_step=self._micro_step,
-                batch_size=self.rows,
-                sequence_length=self._config.data.sequence_length,
-            )
+            block = micro_batch_at(self._tokens, self._config, self._micro_step, num_rows=self.rows)
             state, _ = self._compiled(state, jax.device_put(block), self._article_mask_V)
             self._micro_step += 1
         self._state = jax.block_until_ready(state)

@@ -15,7 +15,7 @@ from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
 from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, made_up_tokens, num_new_tokens
 from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples, time_repeated
 from tinystories_jax.config import Config
-from tinystories_jax.data.cache import batch_at
+from tinystories_jax.data.cache import micro_batch_at
 
 
 def compute_reference(config: Config, path: Path) -> dict[str, Any]:
@@ -106,13 +106,7 @@ class _TrainingRun:
     def _update(self) -> None:
         config, micro_steps = self._config, self._config.train.grad_accum_steps
         for _ in range(micro_steps):
-            block = batch_at(
-                self._tokens,
-                seed=config.seed,
-                micro_step=self._micro_step,
-                batch_size=self._rows,
-                sequence_length=config.data.sequence_length,
-            )
+            block = micro_batch_at(self._tokens, config, self._micro_step, num_rows=self._rows)
             self._micro_step += 1
             on_device = torch.from_numpy(block).to(self._device, torch.int64)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=_autocasts(config)):

@@ -76,9 +76,8 @@ def describe(small: Config) -> str:
 
 def start(config: Config) -> tuple[steps.TrainState, steps.TrainStep]:
     """Returns the initial state and the jitted step of a small copy, made as training makes them."""
-    assert config.schedule is not None
     optimizer = optim.make_optimizer(config)
-    train_step = steps.make_train_step(config, optimizer, optim.learning_rate_schedule(config.optim, config.schedule))
+    train_step = steps.make_train_step(config, optimizer)
     return steps.init_state(config, optimizer), train_step
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from tinystories_jax.config import Config
 from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sync, write_file
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer, batch_stories
@@ -277,6 +278,17 @@ def _check_file(path: Path, dtype: np.dtype, count: int, checksum: str) -> int:
     if digest.hexdigest() != checksum:
         raise ValueError(f"{path.name} is damaged: checksum {checksum:.80} expected, got {digest.hexdigest()}")
     return highest
+
+
+def micro_batch_at(tokens: np.ndarray, config: Config, micro_step: int, *, num_rows: int = 0) -> np.ndarray:
+    """Returns the `batch_at` of a run of `config`: train.batch_size rows, unless `num_rows` says how many."""
+    return batch_at(
+        tokens,
+        seed=config.seed,
+        micro_step=micro_step,
+        batch_size=num_rows or config.train.batch_size,
+        sequence_length=config.data.sequence_length,
+    )
 
 
 def num_blocks(num_tokens: int, sequence_length: int) -> int:

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from tinystories_jax.config import Config, with_data
-from tinystories_jax.data.cache import batch_at, num_blocks
+from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import StoryTokenizer
 from tinystories_jax.errors import UserError
@@ -40,7 +40,7 @@ from tinystories_jax.training.jsonl import JsonLines
 from tinystories_jax.training.memory import fitting_micro_batch, is_out_of_memory
 from tinystories_jax.training.meta import History, Meta, NotFiniteError
 from tinystories_jax.training.metrics import MetricsLog, ProgressLine, flops_per_token, model_flops_utilization
-from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.run_folder import warn_of_damage, write_run
 from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
 
@@ -101,7 +101,7 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
     _announce(config, workdir)
     article_mask_V = article_mask(data.tokenizer.article_ids, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config)
-    train_step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, schedule))
+    train_step = make_train_step(config, optimizer)
     epoch_ends = frozenset(schedule.epoch_ends)
     micro_steps = config.train.grad_accum_steps
 
@@ -196,15 +196,7 @@ class _Logs:
 
 
 def _load_block(data: PreparedData, config: Config, micro_step: int) -> jax.Array:
-    return jax.device_put(
-        batch_at(
-            data.train.tokens,
-            seed=config.seed,
-            micro_step=micro_step,
-            batch_size=config.train.batch_size,
-            sequence_length=config.data.sequence_length,
-        )
-    )
+    return jax.device_put(micro_batch_at(data.train.tokens, config, micro_step))
 
 
 def _meta(config: Config, data: PreparedData) -> Meta:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tinystories_jax.config import Config
 from tinystories_jax.evaluation.validation import article_mask
-from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
+from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state, make_train_step
 
 
@@ -27,9 +27,8 @@ class StepMemory:
 
 def compile_step(config: Config, rows: int) -> Any:
     """Returns `train_step` compiled for micro-batches of `rows` rows; nothing is allocated."""
-    assert config.schedule is not None
     optimizer = make_optimizer(config)
-    train_step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
+    train_step = make_train_step(config, optimizer)
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     block = jax.ShapeDtypeStruct((rows, config.data.sequence_length + 1), np.int32)
     return train_step.lower(state, block, article_mask((), config.model.vocab_size)).compile()

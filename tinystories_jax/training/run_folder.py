@@ -7,6 +7,7 @@ from io import FileIO
 from pathlib import Path
 
 from tinystories_jax.config import Config, contradictions, from_dict, to_dict
+from tinystories_jax.data.folders import replace_file
 from tinystories_jax.data.tokenizer import TOKENIZER_FILE, StoryTokenizer, save_tokenizer
 from tinystories_jax.errors import UserError
 
@@ -46,15 +47,9 @@ def append(file: FileIO, data: bytes, path: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes `path` at once or not at all; raises `UserError` when there is no room or no right to."""
-    temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 

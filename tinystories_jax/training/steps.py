@@ -11,6 +11,7 @@ import optax
 from tinystories_jax.config import Config
 from tinystories_jax.model.loss import next_token_loss
 from tinystories_jax.model.transformer import Params, forward, init_params
+from tinystories_jax.training import optim
 
 
 class TrainState(NamedTuple):
@@ -39,11 +40,13 @@ def init_state(config: Config, optimizer: optax.MultiSteps) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def make_train_step(config: Config, optimizer: optax.MultiSteps, schedule: optax.Schedule) -> TrainStep:
+def make_train_step(config: Config, optimizer: optax.MultiSteps) -> TrainStep:
     """Returns the jitted `train_step(state, block, article_mask_V)`; the given state's buffers are reused (donated).
 
     block: int32 (batch, sequence_length + 1); article_mask_V: True for the IDs of a / an / the.
     """
+    assert config.schedule is not None
+    schedule = optim.learning_rate_schedule(config.optim, config.schedule)
     step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
     return jax.jit(step, donate_argnums=0)
 

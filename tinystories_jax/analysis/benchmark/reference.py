@@ -9,7 +9,7 @@ import numpy as np
 
 from tinystories_jax.analysis.benchmark.inputs import made_up_tokens
 from tinystories_jax.config import Config, ModelConfig
-from tinystories_jax.data.cache import batch_at
+from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.model.loss import next_token_loss
 from tinystories_jax.model.transformer import Params, forward, init_params, num_params
 
@@ -21,13 +21,7 @@ def write_reference(config: Config, path: Path) -> dict[str, Any]:
     the count of parameters and the float32 loss, in nats per token, of those parameters on that block."""
     model = ModelConfig(**{**vars(config.model), "dtype": "float32"})
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
-    block = batch_at(
-        made_up_tokens(config),
-        seed=0,
-        micro_step=0,
-        batch_size=_NUM_ROWS,
-        sequence_length=config.data.sequence_length,
-    )
+    block = micro_batch_at(made_up_tokens(config), config, 0, num_rows=_NUM_ROWS)
 
     @jax.jit
     def measure_loss(params: Params, block: jax.Array) -> jax.Array:

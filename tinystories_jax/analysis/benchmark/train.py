@@ -4,20 +4,20 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
 from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, with_rows
 from tinystories_jax.analysis.benchmark.roofline import count_flash_attention_calls, measure_rates, roofline
 from tinystories_jax.analysis.benchmark.timing import time_repeated
 from tinystories_jax.config import Config
-from tinystories_jax.data.cache import batch_at
+from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.model.transformer import num_params, uses_flash_attention
+from tinystories_jax.training.memory import compile_step, is_out_of_memory, read_memory
 from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization, split_flops_per_token
-from tinystories_jax.training.optim import learning_rate_schedule, make_optimizer
-from tinystories_jax.training.steps import TrainState, init_state, make_train_step
+from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.steps import init_state
 
 
 def cheap_rows(config: Config, max_flops: float) -> int:
@@ -36,24 +36,14 @@ class TrainingRun:
     """
 
     def __init__(self, config: Config):
-        assert config.schedule is not None
         self.config = config
         self._tokens = made_up_tokens(config)
         self._article_mask_V = article_mask((), config.model.vocab_size)
         self._micro_step = 0
-        optimizer = make_optimizer(config)
-        train_step = make_train_step(config, optimizer, learning_rate_schedule(config.optim, config.schedule))
-        block = jax.ShapeDtypeStruct((config.train.batch_size, config.data.sequence_length + 1), np.int32)
-
-        def make_state() -> TrainState:
-            return init_state(config, optimizer)
-
         began = time.perf_counter()
-        # A jitted function; its type says only what calling it gives.
-        lower: Any = train_step.lower  # type: ignore[attr-defined]
-        self.compiled = lower(jax.eval_shape(make_state), block, self._article_mask_V).compile()
+        self.compiled = compile_step(config, config.train.batch_size)
         self.compile_seconds = time.perf_counter() - began
-        self._state = jax.block_until_ready(jax.jit(make_state)())
+        self._state = jax.block_until_ready(jax.jit(lambda: init_state(config, make_optimizer(config)))())
         self._waited_seconds = self._ran_seconds = 0.0
         self.run(1)
         # Warmed up: from here on it counts.
@@ -75,13 +65,7 @@ class TrainingRun:
 
     def _next_block(self) -> jax.Array:
         began = time.perf_counter()
-        block = batch_at(
-            self._tokens,
-            seed=self.config.seed,
-            micro_step=self._micro_step,
-            batch_size=self.config.train.batch_size,
-            sequence_length=self.config.data.sequence_length,
-        )
+        block = micro_batch_at(self._tokens, self.config, self._micro_step)
         self._micro_step += 1
         on_device = jax.device_put(block)
         self._waited_seconds += time.perf_counter() - began
@@ -95,7 +79,7 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
         run = TrainingRun(config)
         update_seconds = time_repeated(run.run, seconds=seconds)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory with train.batch_size={rows}; try --config.train.batch_size={max(1, rows // 2)}"
@@ -162,10 +146,8 @@ def describe_flops(config: Config) -> str:
 
 def _peak_memory(compiled: Any) -> dict[str, int | None]:
     """Returns bytes: what XLA plans for a step, the most the device's allocator gave, the most this process held."""
-    planned = compiled.memory_analysis()
-    new_outputs = planned.output_size_in_bytes - planned.alias_size_in_bytes
     return {
-        "planned_bytes": planned.argument_size_in_bytes + new_outputs + planned.temp_size_in_bytes,
+        "planned_bytes": read_memory(compiled).total_bytes,
         "device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "process_bytes": peak_resident_bytes(),
     }
