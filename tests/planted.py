@@ -26,8 +26,10 @@ def labels_shifted_twice(patch: Patch) -> None:
     """The loss shifts labels that are shifted already: position t learns token t + 2."""
     next_token_loss = steps.next_token_loss
 
-    def shifted_again(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        return next_token_loss(logits_BTV[:, :-1], targets_BT[:, 1:], weights_BT[:, 1:])
+    def shifted_again(
+        hidden_BTD: jax.Array, output_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return next_token_loss(hidden_BTD[:, :-1], output_DV, targets_BT[:, 1:], weights_BT[:, 1:])
 
     patch(steps, "next_token_loss", shifted_again)
 
@@ -55,8 +57,8 @@ def one_block_leaks(patch: Patch) -> None:
 
 
 def logits_not_finite(patch: Patch) -> None:
-    logits = transformer.Transformer.logits
-    patch(transformer.Transformer, "logits", lambda self, hidden: logits(self, hidden) * jnp.nan)
+    logits = transformer.logits
+    patch(transformer, "logits", lambda hidden, output_DV: logits(hidden, output_DV) * jnp.nan)
 
 
 def gradients_summed(patch: Patch) -> None:

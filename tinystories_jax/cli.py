@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
+from tinystories_jax.allocator import keep_freed_memory
 from tinystories_jax.errors import UserError
 
 _USER_EXIT = 2
@@ -27,6 +28,7 @@ def run(main: Callable[..., int | None], *, positional: str = "", at_least: int 
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app.define_help_flags()
+    keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path may hold bytes that are no text, and a terminal may not know every character of a story.
         sys.stdout.reconfigure(errors="backslashreplace")

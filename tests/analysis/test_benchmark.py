@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from tinystories_jax.analysis.benchmark.roofline import DeviceRates, count_flash
 from tinystories_jax.analysis.benchmark.run import MODES, run_benchmark
 from tinystories_jax.analysis.benchmark.table import format_section
 from tinystories_jax.analysis.benchmark.timing import Spread, spread_of, take_samples, time_repeated
-from tinystories_jax.analysis.benchmark.train import TrainingRun, cheap_rows, measure_train
+from tinystories_jax.analysis.benchmark.train import TrainingRun, cheap_rows, find_flash_attention, measure_train
 from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.errors import UserError
@@ -185,6 +186,19 @@ def test_flash_attention_is_found_in_compiled_text():
     call = 'custom-call(%a, %b), custom_call_target="{}", backend_config={{}}'
     forward, backward = call.format("__cudnn$fmhaSoftmax"), call.format("__cudnn$fmhaSoftmaxBackward")
     assert count_flash_attention_calls(f"{forward}\n{backward}\n{call.format('__cublas$gemm')}") == 2
+
+
+def test_a_step_without_flash_attention_in_some_layer_is_no_result():
+    config = dataclasses.replace(tiny_config(), model=dataclasses.replace(tiny_config().model, dtype="bfloat16"))
+    client = SimpleNamespace(platform_version="cuda 12090")
+    gpu = SimpleNamespace(platform="gpu", client=client, compute_capability="9.0")
+    calls = 2 * config.model.num_layers
+    text = 'custom_call_target="__cudnn$fmhaSoftmax"\n'
+    assert find_flash_attention(config, gpu, text * calls) == {"expected": True, "calls_in_hlo": calls}
+    with pytest.raises(RuntimeError, match=f"attention {calls - 1} times"):
+        find_flash_attention(config, gpu, text * (calls - 1))
+    cpu = SimpleNamespace(platform="cpu")
+    assert find_flash_attention(config, cpu, text) == {"expected": False, "calls_in_hlo": None}
 
 
 # ---- writing

@@ -123,7 +123,7 @@ def test_sides_take_turns_and_the_medians_are_compared():
     assert peer_rounds._ratios(figures) == {"ours / PyTorch eager": 2.0}
 
 
-def test_on_a_cpu_each_side_runs_under_both_allocators():
+def test_on_a_cpu_pytorch_runs_under_both_allocators():
     default, keeping = peer_rounds._allocators("cpu").values()
     assert keeping == KEEPING_ALLOCATOR
     assert default == dict.fromkeys(KEEPING_ALLOCATOR)  # removed, should the user have set them

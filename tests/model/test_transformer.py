@@ -1,6 +1,8 @@
 """The decoder against its definition: causality, cached decoding, dtypes, counts, and Hugging Face's Llama."""
 
 import dataclasses
+import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -8,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model import transformer
 from tinystories_jax.model.transformer import (
+    Params,
     decode_step,
     forward,
     init_kv_cache,
@@ -157,6 +161,25 @@ class Device(NamedTuple):
 def test_flash_attention_is_asked_for_only_where_it_runs(device, changes, expected):
     config = dataclasses.replace(CONFIG, **({"dtype": "bfloat16"} | changes))
     assert uses_flash_attention(config, device) is expected
+
+
+def test_each_layer_calls_flash_attention_forward_and_backward(monkeypatch):
+    """Lowered for a CUDA device, which takes none; whether it runs there is asserted by the benchmark."""
+    monkeypatch.setattr(transformer, "uses_flash_attention", lambda config, device: True)
+    # The one thing that JAX asks of the machine while it lowers.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    tokens_BT = jnp.zeros((2, 16), jnp.int32)
+
+    def lowered(function: Callable[[Params], Any]) -> str:
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        return jax.jit(function).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+
+    def loss(params: Params) -> jax.Array:
+        return forward(params, tokens_BT, config).mean()
+
+    for function, calls in ((loss, 1), (jax.grad(loss), 2)):
+        assert len(re.findall(r"custom_call @__cudnn\$fmha\w*", lowered(function))) == calls * config.num_layers
 
 
 @pytest.mark.parametrize("length", [1, 3, 16, 21])

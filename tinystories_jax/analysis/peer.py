@@ -48,7 +48,7 @@ def time_decoding(config: Config, rows: int, seconds: float, path: Path) -> dict
     """Returns tokens per second of `generate` with its KV cache, as ours does: same prompt, same count of tokens."""
     model = _load(config, path)[0].eval()
     if _autocasts(config):
-        model = model.to(torch.bfloat16)
+        model = model.to(torch.bfloat16)  # type: ignore[arg-type]
     new_tokens = num_new_tokens(config)
     prompt = torch.arange(PROMPT_LENGTH, device=model.device).repeat(rows, 1) % config.model.vocab_size
     sampling: dict[str, Any] = {"do_sample": False}
@@ -57,7 +57,7 @@ def time_decoding(config: Config, rows: int, seconds: float, path: Path) -> dict
 
     def write() -> float:
         began = time.perf_counter()
-        texts = model.generate(
+        texts = model.generate(  # type: ignore[misc]
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new_tokens,

@@ -1,7 +1,14 @@
-"""The loss: what turns logits and the next tokens into nats."""
+"""The loss: what turns hidden states, the output matrix and the next tokens into nats.
+
+Training never holds the logits of a whole micro-batch, which at the main recipe would be 1.3 GB of float32, written
+and read several times: `next_token_loss` makes them a piece of the text at a time, and takes from each piece its part
+of the gradient before the next.
+"""
 
 import jax
 import jax.numpy as jnp
+
+_NUM_CHUNKS = 8
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -12,11 +19,97 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
 
 
-def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """Mean of weight x cross-entropy, in nats, over the targets whose weight is not 0 (padding has weight 0).
+def next_token_loss(
+    hidden_BTD: jax.Array, output_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean of weight x cross-entropy over the targets whose weight is not 0, and plain losses_BT, in nats.
 
-    Dividing by the count, not by the sum of weights, keeps the mean over k micro-batches of equal size equal to that of
-    one batch k times as large, also when some targets weigh more than others.
+    The logits are hidden_BTD @ output_DV. Padding has weight 0. Dividing by the count, not by the sum of weights, keeps
+    the mean over k micro-batches of equal size equal to that of one batch k times as large, also when some targets
+    weigh more than others. Only the mean has a gradient, by the first two arguments; losses_BT are to be looked at.
     """
-    num_targets = jnp.maximum(jnp.sum(weights_BT != 0), 1)
-    return jnp.sum(weights_BT * token_losses(logits_BTV, targets_BT)) / num_targets
+    shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT != 0), 1)
+    weighted_sum, losses_BT = _chunked_loss(hidden_BTD, output_DV, targets_BT, shares_BT)
+    return weighted_sum, jax.lax.stop_gradient(losses_BT)
+
+
+@jax.custom_vjp
+def _chunked_loss(
+    hidden_BTD: jax.Array, output_DV: jax.Array, targets_BT: jax.Array, shares_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        hidden_BCD, targets_BC, shares_BC = chunk
+        losses_BC = token_losses(_logits(hidden_BCD, output_DV), targets_BC)
+        return total + jnp.sum(shares_BC * losses_BC), losses_BC
+
+    chunks = _split(hidden_BTD, targets_BT, shares_BT)
+    loss, losses_NBC = jax.lax.scan(add_chunk, jnp.float32(0), chunks)
+    return loss, _join(losses_NBC, targets_BT.shape[1])
+
+
+def _loss_and_gradients(
+    hidden_BTD: jax.Array, output_DV: jax.Array, targets_BT: jax.Array, shares_BT: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns what `_chunked_loss` does, and its gradients by hidden states and output matrix.
+
+    The gradient of cross-entropy by its logits is softmax - one-hot: known with the logits, so that the backward pass
+    needs neither them nor a second product to make them again.
+    """
+
+    def add_chunk(
+        sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        loss, output_grad_DV = sums
+        hidden_BCD, targets_BC, shares_BC = chunk
+        logits_BCV = _logits(hidden_BCD, output_DV)
+        log_sums_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        losses_BC = log_sums_BC - jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        is_target_BCV = targets_BC[..., None] == jnp.arange(output_DV.shape[1])[None, None]
+        grads_BCV = (jnp.exp(logits_BCV - log_sums_BC[..., None]) - is_target_BCV) * shares_BC[..., None]
+        grads_BCV = grads_BCV.astype(hidden_BTD.dtype)
+        output_grad_DV += jnp.einsum("BCD,BCV->DV", hidden_BCD, grads_BCV, preferred_element_type=jnp.float32)
+        hidden_grad_BCD = jnp.einsum("BCV,DV->BCD", grads_BCV, output_DV)
+        return (loss + jnp.sum(shares_BC * losses_BC), output_grad_DV), (losses_BC, hidden_grad_BCD)
+
+    # Summed in float32 also where the activations are bf16, in which small gradients would be lost.
+    zeros = jnp.float32(0), jnp.zeros(output_DV.shape, jnp.float32)
+    sums, per_chunk = jax.lax.scan(add_chunk, zeros, _split(hidden_BTD, targets_BT, shares_BT))
+    (loss, output_grad_DV), (losses_NBC, hidden_grad_NBCD) = sums, per_chunk
+    length = targets_BT.shape[1]
+    gradients = _join(hidden_grad_NBCD, length), output_grad_DV.astype(output_DV.dtype)
+    return (loss, _join(losses_NBC, length)), gradients
+
+
+def _scale_gradients(
+    gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None]:
+    factor, _ = cotangents
+    hidden_grad_BTD, output_grad_DV = (gradient * factor.astype(gradient.dtype) for gradient in gradients)
+    return hidden_grad_BTD, output_grad_DV, None, None
+
+
+_chunked_loss.defvjp(_loss_and_gradients, _scale_gradients)
+
+
+def _logits(hidden_BTD: jax.Array, output_DV: jax.Array) -> jax.Array:
+    return jnp.einsum("BTD,DV->BTV", hidden_BTD, output_DV, preferred_element_type=jnp.float32)
+
+
+def _split(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns arrays (B, T, ...) as equal pieces of the text (N, B, C, ...), zeros behind its end."""
+    length = arrays[0].shape[1]
+    size = -(-length // min(_NUM_CHUNKS, length))
+    num_chunks = -(-length // size)
+
+    def split(array: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, num_chunks * size - length), *[(0, 0)] * (array.ndim - 2)]
+        pieces = jnp.pad(array, padding).reshape(array.shape[0], num_chunks, size, *array.shape[2:])
+        return jnp.moveaxis(pieces, 1, 0)
+
+    return tuple(split(array) for array in arrays)
+
+
+def _join(pieces: jax.Array, length: int) -> jax.Array:
+    """Returns pieces (N, B, C, ...) as one array (B, T, ...), without what was put behind the end."""
+    joined = jnp.moveaxis(pieces, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]

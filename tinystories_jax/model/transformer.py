@@ -50,9 +50,22 @@ def forward(
 
     Dropout acts when `dropout_key` is given and config.dropout > 0.
     """
+    hidden_BTD, output_DV = hidden_and_output(params, tokens_BT, config, dropout_key=dropout_key)
+    return logits(hidden_BTD, output_DV)
+
+
+def hidden_and_output(
+    params: Params, tokens_BT: jax.Array, config: ModelConfig, *, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns hidden_BTD and output_DV, in the activations' dtype, whose product are the logits of `forward`."""
     model = _bind(params, config)
     hidden_BTD, _ = model.hidden(tokens_BT, dropout_key=dropout_key)
-    return model.logits(hidden_BTD)
+    return hidden_BTD, model.output_matrix()
+
+
+def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
+    """Returns float32 logits (..., V): the last product accumulates in float32 whatever the activations are."""
+    return jnp.einsum("...D,DV->...V", hidden, output_DV, preferred_element_type=jnp.float32)
 
 
 def prefill(
@@ -74,7 +87,7 @@ def prefill(
         for keys_BTGK, values_BTGK in keys_and_values
     ]
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last_BD), caches
+    return logits(last_BD, model.output_matrix()), caches
 
 
 def decode_step(
@@ -83,7 +96,7 @@ def decode_step(
     """Returns float32 logits_BV for what follows `tokens_B`, which stand at `positions_B`, and the caches with them."""
     model = _bind(params, config)
     hidden_BTD, caches = model.hidden_cached(tokens_B[:, None], positions_B, caches)
-    return model.logits(hidden_BTD[:, 0]), caches
+    return logits(hidden_BTD[:, 0], model.output_matrix()), caches
 
 
 def init_kv_cache(config: ModelConfig, batch_size: int, cache_length: int) -> list[KVCache]:
@@ -160,13 +173,10 @@ class Transformer(nnx.Module):
         # batch is too small to count.
         return self.embed_tokens.embedding[...][tokens_BT].astype(self.config.dtype)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns float32 logits (..., V): the last product accumulates in float32 whatever the activations are."""
-        if self.config.tie_embeddings:
-            output_VD = self.embed_tokens.embedding[...].astype(hidden.dtype)
-            return jnp.einsum("...D,VD->...V", hidden, output_VD, preferred_element_type=jnp.float32)
-        output_DV = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum("...D,DV->...V", hidden, output_DV, preferred_element_type=jnp.float32)
+    def output_matrix(self) -> jax.Array:
+        """Returns output_DV in the activations' dtype: the embedding itself when tied."""
+        matrix_DV = self.embed_tokens.embedding[...].T if self.config.tie_embeddings else self.lm_head.kernel[...]
+        return matrix_DV.astype(self.config.dtype)
 
 
 class DecoderLayer(nnx.Module):

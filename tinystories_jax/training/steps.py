@@ -10,7 +10,7 @@ import optax
 
 from tinystories_jax.config import Config
 from tinystories_jax.model.loss import next_token_loss
-from tinystories_jax.model.transformer import Params, forward, init_params
+from tinystories_jax.model.transformer import Params, hidden_and_output, init_params
 from tinystories_jax.training import optim
 
 
@@ -68,12 +68,10 @@ def train_step(
     inputs_BT, targets_BT = block[:, :-1], block[:, 1:]
 
     def objective(params: Params) -> tuple[jax.Array, jax.Array]:
-        logits_BTV = forward(params, inputs_BT, config.model, dropout_key=dropout_key)
-        loss = next_token_loss(logits_BTV, targets_BT, jnp.ones(targets_BT.shape))
-        if config.train.article_loss_weight == 1:
-            return loss, loss
+        hidden_BTD, output_DV = hidden_and_output(params, inputs_BT, config.model, dropout_key=dropout_key)
         weights_BT = jnp.where(article_mask_V[targets_BT], config.train.article_loss_weight, 1.0)
-        return next_token_loss(logits_BTV, targets_BT, weights_BT), loss
+        loss, losses_BT = next_token_loss(hidden_BTD, output_DV, targets_BT, weights_BT)
+        return loss, losses_BT.mean()
 
     (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     learning_rate = schedule(state.opt_state.gradient_step)

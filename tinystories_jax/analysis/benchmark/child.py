@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tinystories_jax.allocator import keep_freed_memory
 from tinystories_jax.errors import UserError
 
 _Result = TypeVar("_Result")
@@ -42,6 +43,12 @@ def run_in_child(function: Callable[..., _Result], *arguments: Any, environment:
     if problems:
         raise UserError(problems)
     return result
+
+
+def call_as_script(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Returns `function(*arguments)` with memory held as in a script."""
+    keep_freed_memory()
+    return function(*arguments)
 
 
 def peak_resident_bytes() -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinystories_jax.analysis.benchmark.child import Environment, run_in_child
+from tinystories_jax.analysis.benchmark.child import Environment, call_as_script, run_in_child
 from tinystories_jax.analysis.benchmark.decode import time_decoding
 from tinystories_jax.analysis.benchmark.reference import write_reference
 from tinystories_jax.analysis.benchmark.timing import spread_of
@@ -52,13 +52,12 @@ def compare_training(
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         weights = Path(folder) / "weights.npz"
         same = check_same_function(config, weights)
-        sides: dict[str, _Run] = {}
+        caches = _compile_caches(folder)
+        sides = {"ours": _later({**_DEFAULT_ALLOCATOR, **caches}, call_as_script, time_training, config, rows, seconds)}
         for allocator, environment in _allocators(platform).items():
-            variables = {**environment, **_compile_caches(folder)}
-            sides[f"ours{allocator}"] = _later(variables, time_training, config, rows, seconds)
             for name, compiled in (("eager", False), ("compiled", True)):
                 sides[f"PyTorch {name}{allocator}"] = _later(
-                    variables, peer.time_training, config, rows, seconds, compiled, weights
+                    {**environment, **caches}, peer.time_training, config, rows, seconds, compiled, weights
                 )
         taken = _alternate(sides, rounds, log)
     speeds = {side: _speed(runs) for side, runs in taken.items()}
@@ -75,13 +74,16 @@ def compare_decoding(
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         weights = Path(folder) / "weights.npz"
         figures |= check_same_function(config, weights)
+        caches = _compile_caches(folder)
         for rows in _DECODE_ROWS:
-            sides: dict[str, _Run] = {}
+            sides = {
+                "ours": _later(
+                    {**_DEFAULT_ALLOCATOR, **caches}, call_as_script, _time_our_decoding, config, rows, seconds
+                )
+            }
             for allocator, environment in _allocators(platform).items():
-                variables = {**environment, **_compile_caches(folder)}
-                sides[f"ours{allocator}"] = _later(variables, _time_our_decoding, config, rows, seconds)
                 sides[f"PyTorch eager{allocator}"] = _later(
-                    variables, peer.time_decoding, config, rows, seconds, weights
+                    {**environment, **caches}, peer.time_decoding, config, rows, seconds, weights
                 )
             taken = _alternate(sides, rounds, log)
             speeds = {side: _speed(runs) for side, runs in taken.items()}
@@ -107,7 +109,10 @@ def _time_our_decoding(config: Config, rows: int, seconds: float) -> dict[str, A
 
 
 def _allocators(platform: str) -> dict[str, Environment]:
-    """Returns, by what is added to a side's name, the variables to run it with. On a GPU they make no difference."""
+    """Returns, by what is added to the name of a side of PyTorch, the variables to run it with.
+
+    Ours, as all scripts, sees to its memory itself (`keep_freed_memory`). On a GPU they make no difference.
+    """
     if platform != "cpu":
         return {"": {}}
     return {", default allocator": _DEFAULT_ALLOCATOR, ", keeping allocator": KEEPING_ALLOCATOR}

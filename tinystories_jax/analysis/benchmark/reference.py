@@ -11,7 +11,7 @@ from tinystories_jax.analysis.benchmark.inputs import made_up_tokens
 from tinystories_jax.config import Config, ModelConfig
 from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.model.loss import next_token_loss
-from tinystories_jax.model.transformer import Params, forward, init_params, num_params
+from tinystories_jax.model.transformer import Params, hidden_and_output, init_params, num_params
 
 _NUM_ROWS = 2
 
@@ -26,7 +26,8 @@ def write_reference(config: Config, path: Path) -> dict[str, Any]:
     @jax.jit
     def measure_loss(params: Params, block: jax.Array) -> jax.Array:
         targets_BT = block[:, 1:]
-        return next_token_loss(forward(params, block[:, :-1], model), targets_BT, jnp.ones(targets_BT.shape))
+        hidden_BTD, output_DV = hidden_and_output(params, block[:, :-1], model)
+        return next_token_loss(hidden_BTD, output_DV, targets_BT, jnp.ones(targets_BT.shape))[0]
 
     arrays: dict[str, Any] = {"block": block, **to_llama_weights(params)}
     np.savez(path, **arrays)

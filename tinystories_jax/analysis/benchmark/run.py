@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 import tinystories_jax
-from tinystories_jax.analysis.benchmark.child import Environment, run_in_child
+from tinystories_jax.analysis.benchmark.child import Environment, call_as_script, run_in_child
 from tinystories_jax.analysis.benchmark.data import measure_data
 from tinystories_jax.analysis.benchmark.decode import measure_decode
 from tinystories_jax.analysis.benchmark.growth import measure_growth
@@ -74,16 +74,22 @@ def _choose_modes(mode: str, peer: bool) -> tuple[str, ...]:
 
 def _measure(name: str, config: Config, device: dict[str, Any], rounds: int, log: Callable[[str], None]) -> Any:
     shapes, rows, quick_rows = with_made_up_data(config), device["rows"], device["quick_rows"]
+
+    def measure(*call: Any) -> Any:
+        return run_in_child(call_as_script, *call, environment=_COMPILING)
+
     if name == "train":
-        return run_in_child(measure_train, shapes, rows, _TRAIN_SECONDS, environment=_COMPILING)
+        return measure(measure_train, shapes, rows, _TRAIN_SECONDS)
     if name == "decode":
         batch_sizes = _DECODE_ROWS_ON_CPU if device["platform"] == "cpu" else _DECODE_ROWS
-        return run_in_child(measure_decode, shapes, batch_sizes, _DECODE_SECONDS, environment=_COMPILING)
+        return run_in_child(
+            call_as_script, measure_decode, shapes, batch_sizes, _DECODE_SECONDS, environment=_COMPILING
+        )
     if name == "data":
         return measure_data(config, rounds, log)
     if name == "start":
         return measure_start(config, quick_rows, rounds, log)
-    return run_in_child(measure_growth, config, quick_rows, rounds, environment=_COMPILING)
+    return measure(measure_growth, config, quick_rows, rounds)
 
 
 def _compare(name: str, shapes: Config, device: dict[str, Any], rounds: int, log: Callable[[str], None]) -> Any:

@@ -91,7 +91,7 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
     token_flops = flops_per_token(config.model, length)
     micro_step_seconds = update_seconds.scaled(1 / config.train.grad_accum_steps)
     tokens_per_second = micro_step_seconds.rate(rows * length)
-    flash_calls = count_flash_attention_calls(run.compiled.as_text()) if device.platform == "gpu" else None
+    flash_attention = find_flash_attention(config, device, run.compiled.as_text())
     return {
         "rows": rows,
         "sequence_length": length,
@@ -107,7 +107,7 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
         "mfu": model_flops_utilization(tokens_per_second.median, token_flops),
         "data_wait_fraction": run.data_wait_fraction(),
         "peak_memory": peak_memory,
-        "flash_attention": {"expected": uses_flash_attention(config.model, device), "calls_in_hlo": flash_calls},
+        "flash_attention": flash_attention,
         "copy_bytes_per_second": rates.copy_bytes_per_second._asdict(),
         "matmul_flops_per_second": {name: rate._asdict() for name, rate in rates.matmul_flops_per_second.items()},
         "roofline": roofline(
@@ -131,6 +131,23 @@ def time_training(config: Config, rows: int, seconds: float) -> dict[str, Any]:
         "tokens_per_second": tokens / update_seconds.median,
         **_peak_memory(run.compiled),
     }
+
+
+def find_flash_attention(config: Config, device: Any, compiled_text: str) -> dict[str, Any]:
+    """Returns whether cuDNN's flash attention is expected in the compiled step, and how often it is called there.
+
+    Raises `RuntimeError` when it is expected and some layer goes without, forward or backward: what would be timed is
+    not what the config asks for.
+    """
+    if device.platform != "gpu":
+        return {"expected": False, "calls_in_hlo": None}
+    expected, calls = uses_flash_attention(config.model, device), count_flash_attention_calls(compiled_text)
+    if expected and calls < 2 * config.model.num_layers:
+        raise RuntimeError(
+            f"the compiled step calls cuDNN's flash attention {calls} times; {config.model.num_layers} layers, forward "
+            f"and backward, must call it {2 * config.model.num_layers} times"
+        )
+    return {"expected": expected, "calls_in_hlo": calls}
 
 
 def describe_flops(config: Config) -> str:
