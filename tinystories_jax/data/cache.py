@@ -21,6 +21,7 @@ import xxhash
 from tqdm import tqdm
 
 from tinystories_jax.config import Config
+from tinystories_jax.data.encode import StoryEncoder
 from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sync, write_file
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer, batch_stories
@@ -151,12 +152,12 @@ def _encode_ahead(
     While a thread encodes one batch, mostly outside the interpreter lock, the caller writes the one before and the
     next is read: never more than two batches are under way.
     """
-    end = np.array([END_OF_STORY_ID], np.uint32)
+    encoder = StoryEncoder(tokenizer, dtype)
 
     def encode(batch: list[str]) -> tuple[np.ndarray, int, int]:
-        tokens = np.concatenate([part for ids in tokenizer.encode_batch(batch) for part in (ids, end)])
+        tokens = encoder.encode(batch)
         assert tokens.max() < tokenizer.vocab_size, "parse_tokenizer has checked that the IDs are dense"
-        return tokens.astype(dtype), len(batch), sum(len(story.encode()) for story in batch)
+        return tokens, len(batch), sum(len(story.encode()) for story in batch)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as pool:
         pending: Future[tuple[np.ndarray, int, int]] | None = None
