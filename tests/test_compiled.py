@@ -92,16 +92,34 @@ def test_programs_of_others_are_not_run(place):
     assert "can be written by others" in lines[0]
 
 
-def test_a_full_disk_is_told_in_one_line(place):
+def test_an_entry_that_is_no_file_is_told_in_one_line(place):
     place.run()
     folder = place.entries()[0].parent
     for entry in place.entries():
         entry.unlink()
-        entry.with_name(entry.name).mkdir()  # as little to be written as a file on a full disk
+        entry.mkdir()
         (entry / "file").touch()
     _, lines = place.run()
-    assert 1 <= len(lines) <= 2
-    assert all(line.startswith("warning: ") and str(folder) in line for line in lines)
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: ")
+    assert str(folder) in lines[0]
+
+
+def test_what_cannot_be_kept_is_told_once_and_other_warnings_as_ever(tmp_path, capsys):
+    others: list[tuple[object, ...]] = []
+    show = compiled._tell_once(tmp_path, lambda *arguments: others.append(arguments))
+    (tmp_path / "kept").touch()
+    for name in ("jit_f", "jit_g"):
+        show(
+            UserWarning(f"Error writing persistent compilation cache entry for '{name}': OSError: no\nspace"),
+            UserWarning,
+        )
+    show(UserWarning("another"), UserWarning, "file.py", 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"cannot be kept in {tmp_path} (OSError: no space)" in lines[0]
+    assert len(others) == 1
+    assert (tmp_path / "kept").exists()
 
 
 def test_a_folder_of_the_user_is_taken(place, tmp_path):
