@@ -75,4 +75,4 @@ def _check_output(output: str, source: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, compiles=True)

@@ -66,4 +66,4 @@ def _report(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, compiles=True)

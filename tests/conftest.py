@@ -9,6 +9,12 @@ import pytest
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps what scripts leave in a user's cache folder, such as compiled programs, out of the real one."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("caches"))
+
+
 @pytest.fixture(scope="session")
 def tinystories_data() -> Path:
     """Returns the folder with train.txt and valid.txt, real stories; fails where there is none, rather than skip."""

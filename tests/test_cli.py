@@ -19,7 +19,7 @@ TOP10K, QUICKSTART = "--config=configs/top10k.py", "--config=configs/quickstart.
 
 
 def script_environment(**variables: str) -> dict[str, str]:
-    """Returns the environment of a user's shell: CPU, nothing of what tests ask of JAX."""
+    """Returns the environment of a user's shell: CPU, nothing of what tests ask of JAX; caches as in conftest.py."""
     kept = {name: value for name, value in os.environ.items() if name != "JAX_NUMPY_RANK_PROMOTION"}
     return {**kept, "JAX_PLATFORMS": "cpu", **variables}
 

@@ -11,30 +11,44 @@ from collections.abc import Callable
 from absl import app, flags
 
 from tinystories_jax.allocator import keep_freed_memory
+from tinystories_jax.compiled import keep_no_programs, keep_programs
 from tinystories_jax.errors import UserError
 
 _USER_EXIT = 2
+_COMPILE_CACHE_HELP = "Keep compiled programs for the next start, in ~/.cache/tinystories_jax."
 # What a full, read-only, missing or occupied place on a disk says; anything else from the system is a bug of ours.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _MENDABLE = _FULL | _CLOSED | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
-def run(main: Callable[..., int | None], *, positional: str = "", at_least: int = 0, at_most: int | None = 0) -> None:
+def run(
+    main: Callable[..., int | None],
+    *,
+    positional: str = "",
+    at_least: int = 0,
+    at_most: int | None = 0,
+    compiles: bool = False,
+) -> None:
     """Parses the flags, calls `main`, and exits with its code; `UserError` becomes one `error:` line per problem.
 
     `main` gets the arguments that are no flags, from `at_least` to `at_most` (None: any number) of what `positional`
-    names.
+    names. What a `main` that `compiles` compiles is kept for the next start; it imports JAX itself.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app.define_help_flags()
     keep_freed_memory()
+    if compiles:
+        # As if the script had defined it, so that --help shows it.
+        flags.DEFINE_bool("compile_cache", True, _COMPILE_CACHE_HELP, module_name=sys.argv[0])
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path may hold bytes that are no text, and a terminal may not know every character of a story.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = _parse_flags()
         _check_count(arguments, positional, at_least, at_most)
+        if compiles:
+            keep_programs() if flags.FLAGS.compile_cache else keep_no_programs()
         code = main(*arguments) or 0
         sys.stdout.flush()
     except UserError as error:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tinystories_jax.data import cache as cache_module
 from tinystories_jax.data.cache import (
     Manifest,
     TokenCache,
@@ -198,6 +200,49 @@ def test_damaged_cache_is_refused_by_name(tmp_path, written, damage, words):
         open_written(folder, written)
     assert str(folder) in str(caught.value)
     assert REBUILD in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "an ID too high"])
+def test_nobody_sees_many_tokens_before_they_are_verified(tmp_path, written, monkeypatch, damage):
+    monkeypatch.setattr(cache_module, "_AT_ONCE_BYTES", 0)
+    folder = tmp_path / "cache"
+    sound = open_written(folder, written)
+    assert np.array_equal(sound.tokens, np.fromfile(folder / "tokens.bin", "<u2"))
+    vocab_size, words = 300, r"tokens\.bin is damaged: checksum"
+    if damage == "flipped":
+        damage_cache(folder, damage)
+    else:
+        vocab_size, words = 200, r"tokens\.bin holds ID \d+, but its tokenizer has 200 tokens"
+    cache = open_written(folder, written, vocab_size=vocab_size)
+    for _ in range(2):
+        with pytest.raises(UserError, match=words) as caught:
+            _ = cache.tokens
+        assert str(folder) in str(caught.value)
+        assert REBUILD in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["no tokens.bin", "truncated", "no story_hashes.bin", "corrupt manifest"])
+def test_what_no_checksum_is_needed_for_is_told_on_opening(tmp_path, written, monkeypatch, damage):
+    monkeypatch.setattr(cache_module, "_AT_ONCE_BYTES", 0)
+    damage_cache(tmp_path / "cache", damage)
+    with pytest.raises(UserError, match=REBUILD):
+        open_written(tmp_path / "cache", written)
+
+
+def test_opening_does_not_wait_for_the_verification(tmp_path, written, monkeypatch):
+    monkeypatch.setattr(cache_module, "_AT_ONCE_BYTES", 0)
+    may_go_on = threading.Event()
+    open_tokens = cache_module._open_tokens
+
+    def wait_and_open(*arguments):
+        assert may_go_on.wait(60)
+        return open_tokens(*arguments)
+
+    monkeypatch.setattr(cache_module, "_open_tokens", wait_and_open)
+    cache = open_written(tmp_path / "cache", written)
+    assert not cache.verified_tokens.done()
+    may_go_on.set()
+    assert len(cache.tokens) == written.num_tokens
 
 
 def test_replace_mends_a_damaged_cache(tmp_path, source, tokenizer, written):

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
+from tests.test_cli import ROOT
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.training.jsonl import FileState
@@ -89,3 +92,9 @@ def test_progress_away_from_a_terminal_is_plain_lines(capsys):
         "update 20/20  loss 1.000",
         "done",
     ]
+
+
+def test_a_start_does_not_import_pytorch():
+    program = "import sys, tinystories_jax.training.metrics; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"

@@ -161,9 +161,12 @@ def check_accumulation(config: Config) -> Check:
         in_pieces, metrics = _run(pieces, blocks, some_articles_V)
         at_once, whole_metrics = _run(whole, blocks.reshape(2, 2 * k, length + 1), some_articles_V)
     before, _ = start(whole)
-    change = jax.tree.map(jnp.subtract, at_once.params, before.params)
-    error = jax.tree.map(jnp.subtract, at_once.params, in_pieces.params)
-    of_params = float(_norm(error) / _norm(change))
+    # In NumPy: every subtraction of another shape would be a program to compile.
+    was, is_now, other = (jax.device_get(state.params) for state in (before, at_once, in_pieces))
+    change = jax.tree.map(np.subtract, is_now, was)
+    error = jax.tree.map(np.subtract, is_now, other)
+    moved = _norm(change)
+    of_params = _norm(error) / moved if moved else math.nan
     # AdamW forgets the scale of a gradient, so a sum in place of a mean shows in the gradient's norm alone.
     of_gradient = float(np.abs(metrics.grad_norm[k - 1 :: k] / whole_metrics.grad_norm - 1).max())
     return judge(
@@ -189,8 +192,8 @@ def _run(config: Config, blocks: np.ndarray, article_mask_V: jax.Array) -> tuple
     return state, jax.tree.map(lambda *values: np.array(values), *jax.device_get(metrics))
 
 
-def _norm(tree: Any) -> jax.Array:
-    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
+def _norm(tree: Any) -> float:
+    return math.sqrt(sum(float(np.sum(leaf.astype(np.float64) ** 2)) for leaf in jax.tree.leaves(tree)))
 
 
 def check_schedule(config: Config) -> Check:
@@ -206,8 +209,8 @@ def check_schedule(config: Config) -> Check:
     optimizer = optim.make_optimizer(unclipped)
     apply = jax.jit(functools.partial(_applied_rate, optimizer, config.train.grad_accum_steps))
     applied = {number: float(apply(number)) for number in numbers}
-    curve = optim.learning_rate_schedule(config.optim, schedule)
-    logged = {number: float(jnp.asarray(curve(jnp.int32(number - 1)))) for number in numbers}
+    curve = jax.jit(optim.learning_rate_schedule(config.optim, schedule))
+    logged = {number: float(curve(jnp.int32(number - 1))) for number in numbers}
     expected = {number: _expected_rate(config.optim, schedule, number) for number in numbers}
     peak = config.optim.learning_rate
     worst = max(numbers, key=lambda n: max(abs(rate[n] - expected[n]) for rate in (applied, logged)))

@@ -8,23 +8,27 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, get_type_hints
+from typing import Any, BinaryIO, TypeVar, get_type_hints
 
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
 from tinystories_jax.config import Config
+from tinystories_jax.data.encode import StoryEncoder
 from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sync, write_file
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer, batch_stories
 from tinystories_jax.errors import UserError
+
+_Result = TypeVar("_Result")
 
 FORMAT_VERSION = 2  # raise it with any change of the files below, the fields of Manifest or those of StoryReport
 TOKENS_FILE = "tokens.bin"  # little-endian IDs, each story followed by END_OF_STORY_ID
@@ -32,6 +36,7 @@ HASHES_FILE = "story_hashes.bin"  # little-endian uint64, ascending
 MANIFEST_FILE = "manifest.json"
 
 _MAX_MANIFEST_BYTES = 64 * 2**20  # some hundred thousand files of stories
+_AT_ONCE_BYTES = 2**25  # of tokens, which a checksum takes 10 ms for: damage is then told on opening
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,16 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class TokenCache:
-    """A verified cache; `tokens` is its read-only memory map."""
+    """An open cache. Nobody sees its tokens before every byte of them has been verified."""
 
-    tokens: np.memmap
     manifest: Manifest
     folder: Path
+    verified_tokens: Future[np.memmap]
+
+    @property
+    def tokens(self) -> np.memmap:
+        """The read-only memory map. Waits for the verification to end; raises `UserError` when they are damaged."""
+        return self.verified_tokens.result()
 
 
 def cache_fingerprint(tokenizer_sha256: str, identity: dict[str, object]) -> str:
@@ -151,12 +161,12 @@ def _encode_ahead(
     While a thread encodes one batch, mostly outside the interpreter lock, the caller writes the one before and the
     next is read: never more than two batches are under way.
     """
-    end = np.array([END_OF_STORY_ID], np.uint32)
+    encoder = StoryEncoder(tokenizer, dtype)
 
     def encode(batch: list[str]) -> tuple[np.ndarray, int, int]:
-        tokens = np.concatenate([part for ids in tokenizer.encode_batch(batch) for part in (ids, end)])
+        tokens = encoder.encode(batch)
         assert tokens.max() < tokenizer.vocab_size, "parse_tokenizer has checked that the IDs are dense"
-        return tokens.astype(dtype), len(batch), sum(len(story.encode()) for story in batch)
+        return tokens, len(batch), sum(len(story.encode()) for story in batch)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as pool:
         pending: Future[tuple[np.ndarray, int, int]] | None = None
@@ -189,27 +199,53 @@ def _track(stories: Iterable[str], report: StoryReport, bar: tqdm) -> Iterator[s
 
 
 def open_cache(folder: str | Path, *, fingerprint: str, vocab_size: int, rebuild_command: str) -> TokenCache:
-    """Returns the cache at `folder` after checking every byte of its three files.
+    """Returns the cache at `folder`, its manifest and hashes checked; many tokens are verified meanwhile in a thread.
 
     Raises `UserError` naming the folder, the file, what was expected and found, and `rebuild_command`, when it is
-    incomplete, damaged, not the cache of `fingerprint`, or holds an ID that a vocabulary of `vocab_size` has not.
+    incomplete, damaged, not the cache of `fingerprint`, or holds an ID that a vocabulary of `vocab_size` has not. What
+    only reading all tokens can show is raised by `TokenCache.tokens` where they are many, else here.
     """
     folder = Path(folder)
-    try:
+    with _explain_damage(folder, rebuild_command):
         manifest = _read_manifest(folder / MANIFEST_FILE)
         _check_manifest(manifest, fingerprint, vocab_size)
-        dtype = np.dtype(manifest.dtype).newbyteorder("<")
         _check_file(folder / HASHES_FILE, np.dtype("<u8"), manifest.num_stories, manifest.hashes_checksum)
-        highest = _check_file(folder / TOKENS_FILE, dtype, manifest.num_tokens, manifest.tokens_checksum)
-        if highest >= vocab_size:
-            raise ValueError(f"{TOKENS_FILE} holds ID {highest:,}, but its tokenizer has {vocab_size:,} tokens")
-        tokens = np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r")
+        dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        _check_size(folder / TOKENS_FILE, dtype, manifest.num_tokens)
+
+    def verify() -> np.memmap:
+        with _explain_damage(folder, rebuild_command):
+            return _open_tokens(folder / TOKENS_FILE, dtype, manifest, vocab_size)
+
+    tokens = _run_in_thread(verify)
+    if manifest.num_tokens * dtype.itemsize <= _AT_ONCE_BYTES:
+        tokens.result()
+    return TokenCache(manifest, folder, tokens)
+
+
+@contextmanager
+def _explain_damage(folder: Path, rebuild_command: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         problem = f"{error.filename or folder} cannot be read: {error.strerror}"
         raise UserError(f"token cache {folder}: {problem}; rebuild it with: {rebuild_command}") from error
     except ValueError as error:
         raise UserError(f"token cache {folder}: {error}; rebuild it with: {rebuild_command}") from error
-    return TokenCache(tokens=tokens, manifest=manifest, folder=folder)
+
+
+def _run_in_thread(function: Callable[[], _Result]) -> Future[_Result]:
+    """Returns what `function` is going to return or to raise; a process that ends does not wait for it."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="verify", daemon=True).start()
+    return future
 
 
 def load_hashes(cache: TokenCache) -> np.ndarray:
@@ -264,11 +300,22 @@ def _check_manifest(manifest: Manifest, fingerprint: str, vocab_size: int) -> No
             raise ValueError(f"{MANIFEST_FILE} has {name}={getattr(manifest, name)}, but reports {report[reported]}")
 
 
-def _check_file(path: Path, dtype: np.dtype, count: int, checksum: str) -> int:
-    """Returns the highest of the `count` numbers in the file; raises ValueError when `checksum` is not theirs."""
+def _open_tokens(path: Path, dtype: np.dtype, manifest: Manifest, vocab_size: int) -> np.memmap:
+    highest = _check_file(path, dtype, manifest.num_tokens, manifest.tokens_checksum)
+    if highest >= vocab_size:
+        raise ValueError(f"{path.name} holds ID {highest:,}, but its tokenizer has {vocab_size:,} tokens")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _check_size(path: Path, dtype: np.dtype, count: int) -> None:
     size = path.stat().st_size
     if size != count * dtype.itemsize:
         raise ValueError(f"{path.name} has {size:,} bytes, expected {count * dtype.itemsize:,}")
+
+
+def _check_file(path: Path, dtype: np.dtype, count: int, checksum: str) -> int:
+    """Returns the highest of the `count` numbers in the file; raises ValueError when `checksum` is not theirs."""
+    _check_size(path, dtype, count)
     # Read rather than mapped: pages that a checksum has touched would count as this process's memory.
     digest, buffer, highest = xxhash.xxh3_128(), memoryview(bytearray(2**20)), 0
     with path.open("rb") as file:

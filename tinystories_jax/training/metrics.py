@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
-from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from tinystories_jax.config import ModelConfig
@@ -19,6 +16,18 @@ from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.jsonl import FileState, JsonLines
 from tinystories_jax.training.meta import Evaluation, History
 from tinystories_jax.training.run_folder import append, cannot_write, open_unbuffered
+
+# tensorboardX imports PyTorch where it is installed, and does without where it is not: for nothing that is used here,
+# and for longer than JAX takes to start.
+_HIDDEN = {"torch": None} if "torch" not in sys.modules else {}
+sys.modules.update(_HIDDEN)  # type: ignore[arg-type]
+try:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+    from tensorboardX.record_writer import masked_crc32c
+finally:
+    for _name in _HIDDEN:
+        del sys.modules[_name]
 
 PEAK_SOURCE = "dense bf16 with float32 accumulation, from NVIDIA's data sheets and architecture white papers"
 # Peaks in FLOP/s (H100/H200: 989.4 for SXM; PCIe 756, NVL 835; Ada: 165.2 for the RTX 4090; Blackwell: 209.5 for the

@@ -3,6 +3,7 @@
 from typing import Any
 
 _WIDTH = 30
+_STATES = ("cold", "hot")  # of the system's memory of a file
 
 
 def format_section(figures: dict[str, Any]) -> str:
@@ -114,9 +115,12 @@ def _format_data(data: dict[str, Any]) -> list[str]:
     return [
         *lines,
         _row("  ratio", f"{data['ratio']:.3f}"),
-        _row(
-            f"opening {cache['num_bytes'] / 1e9:,.2f} GB",
-            f"{cache['open_cold_seconds'] * 1e3:,.1f} ms cold, {cache['open_hot_seconds'] * 1e3:,.1f} ms hot",
+        *(
+            _row(title, ", ".join(f"{cache[f'open_{state}_seconds'][end] * 1e3:,.1f} ms {state}" for state in _STATES))
+            for end, title in (
+                ("open", f"opening {cache['num_bytes'] / 1e9:,.2f} GB"),
+                ("verified", "  until every byte is verified"),
+            )
         ),
         _row(
             f"batch_at, {cache['rows']} x {cache['row_length']}, hot",
