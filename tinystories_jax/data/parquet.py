@@ -73,10 +73,10 @@ def _read_pages(file: BinaryIO, column: Any) -> Iterator[Page]:
         if not all(isinstance(value, int) and value >= 0 for value in (kind, num_bytes, compressed_bytes)):
             raise BrokenPageError(f"no page stands at byte {offset:,}")
         if kind in _HEADER_OF:
-            own = header.get(_HEADER_OF[kind]) or {}
-            encoding, num_values = own.get(_ENCODING_FIELD[kind]), own.get(1)
-            if not isinstance(num_values, int) or num_values < 0:
+            own = header.get(_HEADER_OF[kind])
+            if not isinstance(own, dict) or not isinstance(own.get(1), int) or own[1] < 0:
                 raise BrokenPageError(f"the page at byte {offset:,} does not say how many values it has")
+            num_values, encoding = own[1], own.get(_ENCODING_FIELD[kind])
             is_plain = kind != _DICTIONARY and encoding in (_PLAIN, _DELTA_LENGTH)
             yield Page(offset, num_bytes, num_values, is_plain)
             left -= 0 if kind == _DICTIONARY else num_values
