@@ -69,18 +69,23 @@ def _read_pages(file: BinaryIO, column: Any) -> Iterator[Page]:
         file.seek(offset)
         thrift = _Thrift(file)
         header = thrift.read_struct()
-        kind, num_bytes, compressed_bytes = (header.get(number) for number in (1, 2, 3))
-        if not all(isinstance(value, int) and value >= 0 for value in (kind, num_bytes, compressed_bytes)):
-            raise BrokenPageError(f"no page stands at byte {offset:,}")
+        kind, num_bytes, compressed_bytes = (_size(header, number, offset) for number in (1, 2, 3))
         if kind in _HEADER_OF:
             own = header.get(_HEADER_OF[kind])
-            if not isinstance(own, dict) or not isinstance(own.get(1), int) or own[1] < 0:
-                raise BrokenPageError(f"the page at byte {offset:,} does not say how many values it has")
-            num_values, encoding = own[1], own.get(_ENCODING_FIELD[kind])
+            if not isinstance(own, dict):
+                raise BrokenPageError(f"no page stands at byte {offset:,}")
+            num_values, encoding = _size(own, 1, offset), own.get(_ENCODING_FIELD[kind])
             is_plain = kind != _DICTIONARY and encoding in (_PLAIN, _DELTA_LENGTH)
             yield Page(offset, num_bytes, num_values, is_plain)
             left -= 0 if kind == _DICTIONARY else num_values
         offset += thrift.num_bytes + compressed_bytes
+
+
+def _size(fields: dict[int, Any], number: int, offset: int) -> int:
+    value = fields.get(number)
+    if not isinstance(value, int) or value < 0:
+        raise BrokenPageError(f"no page stands at byte {offset:,}")
+    return value
 
 
 class _Thrift:
