@@ -1,5 +1,6 @@
 """Parquet files that are small and stand for gigabytes: refused by page, before anything is decompressed."""
 
+import contextlib
 import resource
 from pathlib import Path
 from typing import Any
@@ -83,5 +84,19 @@ def test_a_broken_page_is_refused_by_its_place(tmp_path):
     content = bytearray(path.read_bytes())
     content[4:12] = b"\xff" * 8
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{path}, after row 0: is not readable as Parquet \(.*page"):
+    with pytest.raises(UserError, match=rf"{path}, after row 0: is not readable as Parquet \(.*header"):
         read(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_footer_ends_in_a_refusal_and_not_the_process(tmp_path, seed):
+    path, rng = tmp_path / "stories.parquet", np.random.default_rng(seed)
+    pq.write_table(pa.table({"text": STORIES[:50]}), path)
+    content = path.read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little")
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[len(content) - 8 - int(rng.integers(1, footer))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            read(path)

@@ -153,7 +153,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, int, str]]:
             field = next((field for field in _FIELDS if field in names), None)
             if field is None:
                 raise UserError(f"{path}: has no column `text` or `story`, only {', '.join(names) or 'none'}")
-            if large := find_large_page(opened, file.metadata, field, 4 * MAX_STORY_CHARACTERS + _CHUNK_BYTES):
+            if large := find_large_page(opened, field, 4 * MAX_STORY_CHARACTERS + _CHUNK_BYTES):
                 raise UserError(
                     f"{path}: {large}; a story has at most {MAX_STORY_CHARACTERS:,} characters, so put "
                     "one in each row, and write smaller pages"

@@ -19,7 +19,7 @@ _MAX_PAGE_BYTES = 128 * 2**20
 # Where values share their bytes, each story may be as large as all of the page.
 _MAX_SHARED_BYTES = 16 * 2**20
 _MAX_HEADER_BYTES = 16 * 2**20  # statistics hold values of the column
-_MAX_DEPTH = 8
+_MAX_DEPTH = 16
 
 
 class BrokenPageError(Exception):
@@ -36,32 +36,47 @@ class Page:
     is_plain: bool  # no two values share bytes
 
 
-def find_large_page(file: BinaryIO, metadata: Any, field: str, max_story_bytes: int) -> str | None:
+def find_large_page(file: BinaryIO, field: str, max_story_bytes: int) -> str | None:
     """Returns which page of column `field` would fill the memory, in words with the figures; None where none does.
 
-    metadata: the footer as pyarrow reads it. Raises `BrokenPageError` for what are no pages, OSError.
+    Raises `BrokenPageError` for what is no Parquet, OSError.
     """
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for index in range(row_group.num_columns):
-            column = row_group.column(index)
-            if column.path_in_schema.split(".")[0] != field:
-                continue
-            for page in _read_pages(file, column):
-                largest = _MAX_PAGE_BYTES if page.is_plain else _MAX_SHARED_BYTES
-                if page.num_bytes > min(largest, max(1, page.num_values) * max_story_bytes):
-                    return (
-                        f"the page at byte {page.offset:,} takes {page.num_bytes:,} bytes for {page.num_values:,} "
-                        "stories once it is decompressed"
-                    )
+    for column in _read_columns(file):
+        if not column.get(3) or column[3][0] != field.encode():
+            continue
+        for page in _read_pages(file, column):
+            largest = _MAX_PAGE_BYTES if page.is_plain else _MAX_SHARED_BYTES
+            if page.num_bytes > min(largest, max(1, page.num_values) * max_story_bytes):
+                return (
+                    f"the page at byte {page.offset:,} takes {page.num_bytes:,} bytes for {page.num_values:,} "
+                    "stories once it is decompressed"
+                )
     return None
 
 
-def _read_pages(file: BinaryIO, column: Any) -> Iterator[Page]:
+def _read_columns(file: BinaryIO) -> list[dict[int, Any]]:
+    """Returns the ColumnMetaData of each column chunk, by Parquet's numbers of its fields.
+
+    Read here, since pyarrow ends the process when it is asked about some damaged ones.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    start = size - 8 - int.from_bytes(file.read(8)[:4], "little")
+    if start < 0:
+        raise BrokenPageError("the footer is cut off")
+    file.seek(start)
+    try:
+        groups = _Thrift(file).read_struct()[4]
+        return [chunk[3] for group in groups for chunk in group[1] if isinstance(chunk[3].get(3, []), list)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BrokenPageError(f"the footer does not say where the columns are ({error!r})") from error
+
+
+def _read_pages(file: BinaryIO, column: dict[int, Any]) -> Iterator[Page]:
     """Yields the pages of a column chunk up to the last one that holds values."""
-    offset, left = column.data_page_offset, column.num_values
-    if column.has_dictionary_page and 0 < column.dictionary_page_offset < offset:
-        offset = column.dictionary_page_offset
+    offset, left, dictionary = _size(column, 9, 0), _size(column, 5, 0), column.get(11)
+    if isinstance(dictionary, int) and 0 < dictionary < offset:
+        offset = dictionary
     size = file.seek(0, os.SEEK_END)
     while left > 0:
         if not 0 <= offset < size:
@@ -89,7 +104,7 @@ def _size(fields: dict[int, Any], number: int, offset: int) -> int:
 
 
 class _Thrift:
-    """Reads one struct of Thrift's compact protocol, without knowing its fields: integers and structs in it by number.
+    """Reads one struct of Thrift's compact protocol without knowing its fields, which it returns by number.
 
     https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
     """
@@ -100,7 +115,7 @@ class _Thrift:
 
     def read_struct(self, depth: int = 0) -> dict[int, Any]:
         if depth > _MAX_DEPTH:
-            raise BrokenPageError("a page header is nested too deeply")
+            raise BrokenPageError("a header is nested too deeply")
         fields: dict[int, Any] = {}
         number = 0
         while (head := self._read(1)[0]) & 0x0F:
@@ -124,14 +139,13 @@ class _Thrift:
                 return self._read_list(depth)
             case 12:
                 return self.read_struct(depth + 1)
-        raise BrokenPageError(f"a page header has a field of the unknown type {kind}")
+        raise BrokenPageError(f"a header has a field of the unknown type {kind}")
 
-    def _read_list(self, depth: int) -> None:
+    def _read_list(self, depth: int) -> list[Any]:
         head = self._read(1)[0]
         count = head >> 4 if head >> 4 < 15 else self._read_unsigned()
         kind = 3 if head & 0x0F in (1, 2) else head & 0x0F  # in a list a truth value is a byte
-        for _ in range(count):
-            self._read_value(kind, depth + 1)
+        return [self._read_value(kind, depth + 1) for _ in range(count)]
 
     def _read_integer(self) -> int:
         value = self._read_unsigned()
@@ -145,13 +159,13 @@ class _Thrift:
             if byte < 0x80:
                 return value
             shift += 7
-        raise BrokenPageError("a page header has a number without an end")
+        raise BrokenPageError("a header has a number without an end")
 
     def _read(self, count: int) -> bytes:
         self.num_bytes += count
         if self.num_bytes > _MAX_HEADER_BYTES:
-            raise BrokenPageError(f"a page header has more than {_MAX_HEADER_BYTES:,} bytes")
+            raise BrokenPageError(f"a header has more than {_MAX_HEADER_BYTES:,} bytes")
         data = self._file.read(count)
         if len(data) < count:
-            raise BrokenPageError("a page header is cut off")
+            raise BrokenPageError("a header is cut off")
         return data

@@ -6,7 +6,9 @@ only arrays that are bit for bit what was saved come back. Orbax's handlers read
 """
 
 import contextlib
+import errno
 import logging
+import os
 import re
 import shutil
 import stat
@@ -91,7 +93,13 @@ class Checkpoints:
         training = _training_part(state)
         contents = to_file(meta, describe_leaves(state.params, what), describe_leaves(training, what))
         self.wait()  # before asking for room: why an earlier one failed says more
-        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        with self._explain():
+            # Asked first: where orbax cannot make its folders its threads wait for them, and let no process end.
+            if not os.access(self.folder, os.W_OK):
+                closed = os.statvfs(self.folder).f_flag & os.ST_RDONLY
+                number = errno.EROFS if closed else errno.EACCES
+                raise OSError(number, os.strerror(number))
+            needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
                 f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB but {free / 1e6:,.0f} MB are free; those "

@@ -33,6 +33,8 @@ def way_out(error: Exception) -> str:
     """Returns what the user must do before the same command can go on."""
     # tensorstore raises other errors, with the system's words in them.
     closed = any(os.strerror(number) in str(error) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
+    if os.strerror(errno.ENOENT) in str(error):
+        return "put the folder back"
     return "let it be written to" if closed else "make room"
 
 
