@@ -288,7 +288,10 @@ def _require_plain_files(folder: Path, max_bytes: float = float("inf")) -> None:
     """Raises `DamagedCheckpointError` for what orbax has not written: a link, which may lead out of the run, a pipe,
     which would be waited for, a file that is larger than `max_bytes`."""
     for path in (folder, *folder.rglob("*")):
-        status = path.lstat()
+        try:
+            status = path.lstat()
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from error
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise DamagedCheckpointError(f"{path}: is neither a file nor a folder")
         if status.st_size > max_bytes:
