@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.data.prepare import PreparedData, prepare_data
 from tinystories_jax.training.checkpoint import Checkpoints
-from tinystories_jax.training.loop import TrainResult, _meta, train
+from tinystories_jax.training.environment import recorded_start
+from tinystories_jax.training.loop import TrainResult, _Logs, _meta, _start_or_resume, train
 from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.steps import init_state
+from tinystories_jax.training.steps import TrainState, init_state
 
+LATEST, BEFORE = 6, 4  # the updates of the two checkpoints of `finished_run`
 TIMES = ("seconds", "train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
 
 
@@ -92,3 +95,34 @@ def state_of(config: Config, workdir: Path, update: int | None = None) -> list[n
 def are_equal(some: list[np.ndarray], others: list[np.ndarray]) -> bool:
     """Says whether they are the same bit for bit."""
     return all(a.tobytes() == b.tobytes() and a.dtype == b.dtype for a, b in zip(some, others, strict=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, with the states of its checkpoints as they come back undamaged."""
+
+    workdir: Path
+    config: Config
+    data: PreparedData
+    fresh: TrainState
+    states: dict[int, list[np.ndarray]]
+
+    def start(self, workdir: Path) -> tuple[int, TrainState]:
+        """Goes on with the copy in `workdir` as training does, up to its next update, which it does not make."""
+        with Checkpoints(workdir, self.config) as checkpoints:
+            now = _meta(self.config, self.data)
+            state, meta = _start_or_resume(checkpoints, self.fresh, now, workdir)
+            with _Logs(workdir, meta, tensorboard=False), recorded_start(workdir, resumed=True):
+                return meta.update, state
+
+
+@contextmanager
+def finished_run(folder: Path) -> Iterator[Run]:
+    """Makes a run of `LATEST` updates in `folder`/run; on the way out what is compiled is shared no longer."""
+    small = make_small_config(folder)
+    with shared_programs(folder / "compiled"):
+        train_on(small, folder / "run")
+        states = {update: state_of(small, folder / "run", update) for update in (BEFORE, LATEST)}
+        data = prepare_data(small)
+        config = with_schedule(small, data)
+        yield Run(folder / "run", config, data, init_state(config, make_optimizer(config)), states)

@@ -8,7 +8,6 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -16,58 +15,29 @@ import numpy as np
 import pytest
 
 from tests.training.small_run import (
+    BEFORE,
+    LATEST,
+    Run,
     are_equal,
     arrays_of,
     checkpoints_of,
-    make_small_config,
+    finished_run,
     metrics_of,
-    shared_programs,
     state_of,
     train_on,
-    with_schedule,
 )
-from tinystories_jax.config import Config
-from tinystories_jax.data.prepare import PreparedData, prepare_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
 from tinystories_jax.training.checkpoint import Checkpoints, restore_params
-from tinystories_jax.training.environment import describe_environment, recorded_start
-from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.steps import TrainState, init_state
+from tinystories_jax.training.environment import describe_environment
 
 FLIPS = 3  # positions of each file at which one bit is flipped
-LATEST, BEFORE = 6, 4  # the updates of the two checkpoints
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, with the states of its checkpoints as they come back undamaged."""
-
-    workdir: Path
-    config: Config
-    data: PreparedData
-    fresh: TrainState
-    states: dict[int, list[np.ndarray]]
-
-    def start(self, workdir: Path) -> tuple[int, TrainState]:
-        """Goes on with the copy in `workdir` as training does, up to its next update, which it does not make."""
-        with Checkpoints(workdir, self.config) as checkpoints:
-            now = loop._meta(self.config, self.data)
-            state, meta = loop._start_or_resume(checkpoints, self.fresh, now, workdir)
-            with loop._Logs(workdir, meta, tensorboard=False), recorded_start(workdir, resumed=True):
-                return meta.update, state
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    folder = tmp_path_factory.mktemp("damage")
-    config = make_small_config(folder)
-    with shared_programs(folder / "compiled"):
-        train_on(config, folder / "run")
-        states = {update: state_of(config, folder / "run", update) for update in (BEFORE, LATEST)}
-        data = prepare_data(config)
-        fresh = init_state(with_schedule(config, data), make_optimizer(with_schedule(config, data)))
-        yield Run(folder / "run", with_schedule(config, data), data, fresh, states)
+    with finished_run(tmp_path_factory.mktemp("damage")) as run:
+        yield run
 
 
 def damages(size: int, rng: random.Random) -> Iterator[tuple[str, Callable[[Path], object]]]:

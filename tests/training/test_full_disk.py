@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,59 @@ def test_a_disk_full_while_metrics_are_written(config, disk, monkeypatch, capfd)
     assert "Traceback" not in capfd.readouterr().err
     disk.make_room()
     assert restore_params(workdir, "latest")[1].update in (10, 13)
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Lets nothing be written into `folder`, as when the system has remounted its file system."""
+    mount = ["mount", "--bind", str(folder), str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode == 0:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        undo = ["umount", "--lazy", str(folder)]
+    elif os.geteuid():
+        folder.chmod(0o555)
+        undo = ["chmod", "755", str(folder)]
+    else:
+        pytest.skip("root, to whom every folder is open, may mount nothing here")
+    yield
+    subprocess.run(undo, check=True)
+
+
+def test_a_folder_that_turns_read_only_under_a_run(config, tmp_path, undisturbed, monkeypatch, capfd):
+    workdir, closed = tmp_path / "run", contextlib.ExitStack()
+
+    def close(checkpoints: Checkpoints, *_: Any) -> None:
+        checkpoints.wait()
+        closed.enter_context(read_only(checkpoints.folder))
+
+    with closed:
+        with monkeypatch.context() as patch:
+            before(patch, Checkpoints, "save", close, time=3)
+            with pytest.raises(UserError, match=r"(Read-only|denied).*let it be written to and run the same command"):
+                train_on(config, workdir)
+        # orbax's threads would wait for minutes for folders that cannot be made, and the end of the process for them.
+        assert not [thread.name for thread in threading.enumerate() if thread.name in ("json_ch_save", "save_finalize")]
+        assert restore_params(workdir, "latest")[1].update == 13
+        # Nor does another start, while it is so.
+        with pytest.raises(UserError, match=rf"{workdir}.*(Read-only|denied).*let it be written to"):
+            train_on(config, workdir)
+    assert "Traceback" not in capfd.readouterr().err
+    assert_goes_on_to_the_same_end(config, workdir, undisturbed)
+
+
+def test_a_run_whose_folder_is_taken_away_says_so(config, tmp_path, undisturbed, monkeypatch, capfd):
+    workdir = tmp_path / "run"
+
+    def take_away(checkpoints: Checkpoints, *_: Any) -> None:
+        checkpoints.wait()
+        workdir.rename(tmp_path / "elsewhere")
+
+    with monkeypatch.context() as patch:
+        before(patch, Checkpoints, "save", take_away, time=3)
+        with pytest.raises(UserError, match=rf"{workdir}/checkpoints: .*No such file.*put the folder back and run"):
+            train_on(config, workdir)
+    assert "Traceback" not in capfd.readouterr().err
+    assert_goes_on_to_the_same_end(config, tmp_path / "elsewhere", undisturbed)
 
 
 @pytest.mark.usefixtures("undisturbed")

@@ -182,7 +182,10 @@ def _logged_loss(path: Path, update: int) -> tuple[float | None, list[str]]:
     """Returns the loss logged for `update`, None where none was measured, and what is wrong with the log."""
     if not path.is_file():
         return None, [f"{path} is missing, so nothing says what was measured"]
-    rows, num_damaged = read_jsonl(path)
+    try:
+        rows, num_damaged = read_jsonl(path)
+    except ValueError as error:
+        return None, [f"{path} cannot be read ({error})"]
     logged = [row for row in rows if row["update"] == update]
     if num_damaged or not logged:
         return None, [f"{path} has {num_damaged:,} damaged lines and {len(logged)} for update {update}"]

@@ -118,7 +118,7 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(
         folder=folder,
         config=config,
-        tokenizer_sha256=sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+        tokenizer_sha256=_hash_tokenizer(tokenizer, problems),
         rows=rows,
         samples=written,
         evaluation=_read_evaluation(folder / "evaluation.json", problems),
@@ -139,6 +139,16 @@ def _read_config(folder: Path) -> Config:
         raise UserError(f"{path}: cannot be read as a run's config ({reason})") from error
 
 
+def _hash_tokenizer(path: Path, problems: list[str]) -> str | None:
+    try:
+        return sha256(read_small_file(path, _MAX_JSON_BYTES)).hexdigest()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name}: cannot be read ({error})")
+        return None
+
+
 def _read_json(path: Path) -> Any:
     """Raises ValueError for what is none, or too large to be a run's."""
     return parse_json(read_small_file(path, _MAX_JSON_BYTES), path.name)
@@ -147,7 +157,11 @@ def _read_json(path: Path) -> Any:
 def _read_rows(path: Path, total_updates: int, problems: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    rows, num_damaged = read_jsonl(path)
+    try:
+        rows, num_damaged = read_jsonl(path)
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name}: cannot be read ({error})")
+        return []
     if num_damaged:
         problems.append(f"{path.name}: {num_damaged} damaged line{'s' * (num_damaged > 1)} left out")
     known = [row for row in rows if 1 <= row["update"] <= total_updates]

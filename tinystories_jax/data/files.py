@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinystories_jax.data.folders import read_small_file
+from tinystories_jax.data.parquet import BrokenPageError, find_large_page
 from tinystories_jax.errors import UserError
 
 END_OF_STORY = "<|endoftext|>"
@@ -19,7 +20,7 @@ MAX_STORY_CHARACTERS = 2**20
 _FIELDS = ("text", "story")  # of a JSON line or a Parquet row, the first that is there
 _CHUNK_BYTES = 2**20
 _MAX_LINE_BYTES = 16 * 2**20  # of a JSON line, which may hold more than its story
-_BATCH_ROWS = 1000
+_PARQUET_ROWS = 32  # at once: what a small file says of each can be as long as a page
 _MAX_MEMO_BYTES = 64 * 2**20
 _BOM = b"\xef\xbb\xbf"
 # Younger files may change again within one tick of the file system's clock, and look the same.
@@ -152,14 +153,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, int, str]]:
             field = next((field for field in _FIELDS if field in names), None)
             if field is None:
                 raise UserError(f"{path}: has no column `text` or `story`, only {', '.join(names) or 'none'}")
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[field]):
+            if large := find_large_page(opened, field, 4 * MAX_STORY_CHARACTERS + _CHUNK_BYTES):
+                raise UserError(
+                    f"{path}: {large}; a story has at most {MAX_STORY_CHARACTERS:,} characters, so put "
+                    "one in each row, and write smaller pages"
+                )
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
                 for story in batch.column(0).to_pylist():
                     row += 1
                     story = _check_string(story, field, f"{path}, row {row}")
                     yield size * row // file.metadata.num_rows, row, story
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, row {row + 1} to {row + _BATCH_ROWS}: is not UTF-8 ({error.reason})") from error
-    except pa.ArrowException as error:
+        raise UserError(f"{path}, row {row + 1} to {row + _PARQUET_ROWS}: is not UTF-8 ({error.reason})") from error
+    except (pa.ArrowException, BrokenPageError) as error:
         raise UserError(f"{path}, after row {row}: is not readable as Parquet ({error})") from error
 
 

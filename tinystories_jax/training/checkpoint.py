@@ -6,9 +6,12 @@ only arrays that are bit for bit what was saved come back. Orbax's handlers read
 """
 
 import contextlib
+import errno
 import logging
+import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -36,10 +39,11 @@ from tinystories_jax.training.meta import (
     shapes_of,
     to_file,
 )
-from tinystories_jax.training.run_folder import set_aside, warn
+from tinystories_jax.training.run_folder import require_own_files, set_aside, warn, way_out
 from tinystories_jax.training.steps import TrainState
 
 _ITEMS = ("params", "training", "meta")
+_MAX_MORE_BYTES = 2**26  # of one file of a checkpoint, beyond its arrays
 # orbax says at each step what it does through absl's logger; what a user must know reaches them as an exception.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -62,6 +66,7 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
+        require_own_files(workdir)
         with self._explain():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=_ITEMS)
@@ -88,7 +93,13 @@ class Checkpoints:
         training = _training_part(state)
         contents = to_file(meta, describe_leaves(state.params, what), describe_leaves(training, what))
         self.wait()  # before asking for room: why an earlier one failed says more
-        needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+        with self._explain():
+            # Asked first: where orbax cannot make its folders its threads wait for them, and let no process end.
+            if not os.access(self.folder, os.W_OK):
+                closed = os.statvfs(self.folder).f_flag & os.ST_RDONLY
+                number = errno.EROFS if closed else errno.EACCES
+                raise OSError(number, os.strerror(number))
+            needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
                 f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB but {free / 1e6:,.0f} MB are free; those "
@@ -117,8 +128,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"{self.folder}: a checkpoint cannot be written ({reason[0][:300]}); those before are intact: make "
-                "room and run the same command again"
+                f"{self.folder}: a checkpoint cannot be written ({reason[0][:300]}); those before are intact: "
+                f"{way_out(error)} and run the same command again"
             ) from error
 
     def latest(self) -> int | None:
@@ -266,10 +277,25 @@ def _choose(folder: Path, updates: list[int], step: str) -> int:
 
 
 def _open(checkpoint: Path) -> tuple[Meta, dict[str, Leaves]]:
+    _require_plain_files(checkpoint)
     meta, leaves = read_meta(checkpoint)
     if meta.update != int(checkpoint.name):
         raise DamagedCheckpointError(f"{checkpoint}: holds the checkpoint of update {meta.update}")
     return meta, leaves
+
+
+def _require_plain_files(folder: Path, max_bytes: float = float("inf")) -> None:
+    """Raises `DamagedCheckpointError` for what orbax has not written: a link, which may lead out of the run, a pipe,
+    which would be waited for, a file that is larger than `max_bytes`."""
+    for path in (folder, *folder.rglob("*")):
+        try:
+            status = path.lstat()
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror})") from error
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise DamagedCheckpointError(f"{path}: is neither a file nor a folder")
+        if status.st_size > max_bytes:
+            raise DamagedCheckpointError(f"{path}: has {status.st_size:,} bytes, more than its arrays take")
 
 
 def _training_part(state: TrainState) -> dict[str, Any]:
@@ -284,6 +310,7 @@ def _restore_part(checkpoint: Path, part: str, leaves: dict[str, Leaves], like: 
     needed = sum(np.dtype(leaf.dtype).itemsize * leaf.size for leaf in jax.tree.leaves(like))
     if needed > device_memory_bytes():
         raise UserError(f"{path}: takes {needed / 1e9:,.1f} GB, which this device does not have; take a larger one")
+    _require_plain_files(path, needed + _MAX_MORE_BYTES)
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

@@ -17,7 +17,8 @@ import jax
 import xxhash
 
 import tinystories_jax
-from tinystories_jax.training.run_folder import set_aside, warn, write_atomically
+from tinystories_jax.data.folders import read_small_file
+from tinystories_jax.training.run_folder import MAX_JSON_BYTES, set_aside, warn, write_atomically
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 
@@ -78,7 +79,7 @@ def recorded_start(workdir: Path, *, resumed: bool = False) -> Iterator[None]:
 
 def _earlier_starts(path: Path, resumed: bool) -> list[dict[str, Any]]:
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_small_file(path, MAX_JSON_BYTES))
         if values["xxh3_128"] != _digest(values["starts"]):
             raise ValueError("its checksum is wrong")
         return values["starts"]

@@ -1,6 +1,7 @@
 """Files of JSON objects, one per line and each with its `update`: metrics.jsonl and samples.jsonl."""
 
 import json
+import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 import xxhash
 
 from tinystories_jax.training.run_folder import append, open_unbuffered, set_aside, warn, write_atomically
+
+_MAX_BYTES = 2**28  # of all rows of a run, about a million of them
+_MAX_MORE_BYTES = 2**24  # written after a checkpoint, of updates that are done again
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,11 @@ class JsonLines:
         """Returns what the file holds up to `state`, mended if it must be."""
         data, reason = b"", "is not what was written"
         try:
-            data = self.path.read_bytes()
+            data = _read(self.path, state.num_bytes + _MAX_MORE_BYTES)
         except FileNotFoundError:
             reason = "is missing"
-        except OSError as error:
-            reason = f"cannot be read ({error.strerror})"
+        except (OSError, ValueError) as error:
+            reason = f"cannot be read ({error})"
         until_then = data[: state.num_bytes]
         if xxhash.xxh3_128_hexdigest(until_then) == state.xxh3_128:
             return until_then
@@ -79,8 +83,22 @@ class JsonLines:
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Returns the rows and how many lines are damaged; a last line still being written is not counted."""
-    return _parse(path.read_bytes())
+    """Returns the rows and how many lines are damaged; a last line still being written is not counted.
+
+    Raises ValueError for a file that is none of a run's, for it is a pipe or too large.
+    """
+    data = _read(path, _MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes, more than the {_MAX_BYTES:,} that are read")
+    return _parse(data)
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    """Returns the file, or its first bytes where it is larger; raises OSError, or ValueError for what is no file."""
+    if not stat.S_ISREG(path.lstat().st_mode):  # reading a pipe would wait for ever
+        raise ValueError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        return file.read(max_bytes)
 
 
 def _parse(data: bytes) -> tuple[list[dict[str, Any]], int]:

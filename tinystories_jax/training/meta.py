@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from tinystories_jax.config import Config, contradictions, from_dict, to_dict
+from tinystories_jax.data.folders import read_small_file
 from tinystories_jax.data.tokenizer import StoryTokenizer, parse_tokenizer
 from tinystories_jax.errors import UserError
 from tinystories_jax.training.environment import Environment
@@ -155,9 +156,7 @@ def read_meta(checkpoint: Path) -> tuple[Meta, dict[str, Leaves]]:
     """
     path = checkpoint / "meta" / "metadata"
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {_MAX_FILE_BYTES:,} bytes")
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_small_file(path, _MAX_FILE_BYTES))
         if not isinstance(values, dict):
             raise ValueError("it is no object")
     except FileNotFoundError as error:

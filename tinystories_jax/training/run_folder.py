@@ -1,5 +1,6 @@
 """The files of a run beside its checkpoints: written whole or not at all; damaged, they are set aside, not deleted."""
 
+import errno
 import json
 import os
 import sys
@@ -7,9 +8,12 @@ from io import FileIO
 from pathlib import Path
 
 from tinystories_jax.config import Config, contradictions, from_dict, to_dict
-from tinystories_jax.data.folders import replace_file
+from tinystories_jax.data.folders import read_small_file, replace_file
 from tinystories_jax.data.tokenizer import TOKENIZER_FILE, StoryTokenizer, save_tokenizer
 from tinystories_jax.errors import UserError
+
+MAX_JSON_BYTES = 2**26  # of config.json, tokenizer.json and environment.json: far more than any that a run writes
+_WRITTEN = ("checkpoints", "damaged", "metrics.jsonl", "samples.jsonl", "tensorboard", "tokenizer")
 
 
 def warn(line: str) -> None:
@@ -20,15 +24,36 @@ def warn(line: str) -> None:
 def cannot_write(path: Path, error: OSError) -> UserError:
     """Returns what a user is told when a file of a run cannot be written, for instance on a full disk."""
     return UserError(
-        f"{path}: cannot be written ({error.strerror}); the checkpoints are intact: make room there and run the same "
+        f"{path}: cannot be written ({error.strerror}); the checkpoints are intact: {way_out(error)} and run the same "
         "command again"
     )
+
+
+def way_out(error: Exception) -> str:
+    """Returns what the user must do before the same command can go on."""
+    # tensorstore raises other errors, with the system's words in them.
+    closed = any(os.strerror(number) in str(error) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
+    if os.strerror(errno.ENOENT) in str(error):
+        return "put the folder back"
+    return "let it be written to" if closed else "make room"
+
+
+def require_own_files(workdir: Path) -> None:
+    """Raises `UserError` where what a run writes would land elsewhere, through a link in its folder."""
+    if links := [workdir / name for name in _WRITTEN if (workdir / name).is_symlink()]:
+        raise UserError(
+            [
+                f"{path}: is a link, and a run writes into its own folder alone; put a folder or file in its place, or "
+                "give the place where all of the run is to lie as --workdir"
+                for path in links
+            ]
+        )
 
 
 def open_unbuffered(path: Path, *, keep_bytes: int) -> FileIO:
     """Opens `path` to append to its first bytes; what could not be written is not tried again on closing."""
     try:
-        file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
         file.truncate(keep_bytes)
         file.seek(0, os.SEEK_END)
     except OSError as error:
@@ -88,7 +113,7 @@ def warn_of_damage(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> 
     written_again = "written again from the checkpoint"
     path = workdir / "config.json"
     try:
-        differing = contradictions(from_dict(json.loads(path.read_bytes())), config)
+        differing = contradictions(from_dict(json.loads(read_small_file(path, MAX_JSON_BYTES))), config)
         if differing:
             warn(f"{path} is not the config of this run's checkpoints ({'; '.join(differing)}); {written_again}")
     except FileNotFoundError:
@@ -98,9 +123,9 @@ def warn_of_damage(workdir: Path, config: Config, tokenizer: StoryTokenizer) -> 
         warn(f"{path} cannot be read as a run's config ({type(error).__name__}: {reason}); {written_again}")
     path = workdir / "tokenizer" / TOKENIZER_FILE
     try:
-        if path.read_bytes() != tokenizer.json.encode():
+        if read_small_file(path, MAX_JSON_BYTES) != tokenizer.json.encode():
             warn(f"{path} is not the tokenizer of this run's checkpoints; {written_again}")
     except FileNotFoundError:
         warn(f"{path} is missing; {written_again}")
-    except OSError as error:
-        warn(f"{path} cannot be read ({error.strerror}); {written_again}")
+    except (OSError, ValueError) as error:
+        warn(f"{path} cannot be read ({error}); {written_again}")
