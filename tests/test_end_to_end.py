@@ -408,6 +408,25 @@ def test_an_interrupted_run_goes_on_to_the_very_same_end(finished, place, tmp_pa
     assert f"Finished: {last} updates" in (workdir / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_another_number_of_devices_is_said_and_changes_nothing(finished, place, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    last = total_updates(finished)
+    shutil.rmtree(workdir / "checkpoints" / str(last))
+    stopped_at = max(checkpoints_of(workdir))
+    two_devices = {**place.environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    result = run_script("train", *place.flags(workdir), environment=two_devices, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert f"warning: since update {stopped_at} has changed: devices 1 -> 2; the last digits" in result.stderr
+    assert parameter_bytes(workdir) == parameter_bytes(finished)
+    assert metrics_of(workdir) == metrics_of(finished)
+    # And back; a checkpoint of two devices is read on one.
+    result = place.train(workdir)
+    assert result.returncode == 0, result.stderr
+    assert f"warning: since update {last} has changed: devices 2 -> 1; the last digits" in result.stderr
+    assert [start["num_devices"] for start in starts_of(workdir)] == [1, 2]
+
+
 def test_what_would_not_continue_a_run_is_refused_with_the_fields_that_differ(finished, place):
     before = contents_of(finished)
     flags = ["--config.model.d_model=64", "--config.seed=1", "--config.optim.learning_rate=1e-3"]

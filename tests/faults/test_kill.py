@@ -1,7 +1,7 @@
-"""SIGKILL at random moments: the same command, given again until it is done, gives the run that would have been.
+"""Signals at random moments: the same command, given again until it is done, gives the run that would have been.
 
-The real command is killed with its whole process group while it starts, trains the tokenizer, builds the caches,
-trains, saves, evaluates and writes the report.
+The real command gets SIGKILL, with its whole process group, while it starts, trains the tokenizer, builds the caches,
+trains, saves, evaluates and writes the report; or SIGTERM or SIGINT, which it ends on by itself.
 """
 
 import json
@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tinystories_jax.config import from_dict
 from tinystories_jax.data.prepare import find_data
 
 SECONDS_PER_START = 900.0
+SECONDS_TO_SAVE = 30.0
 NUM_UPDATES = 24
 MOST_TRIES = 5  # to catch a run in one phase
 FLAGS = [
@@ -44,10 +45,16 @@ FLAGS = [
 
 @dataclass
 class Start:
-    """What is seen of one process so far."""
+    """What is seen of one process so far. `seconds` are those in which this one ran and could have seen more."""
 
     workdir: Path
     text: str = ""
+    seconds: float = 0.0
+    last_look: float = field(default_factory=time.monotonic)
+
+    def look(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.last_look = self.seconds + min(now - self.last_look, 1.0), now
 
     def says(self, pattern: str) -> bool:
         return re.search(pattern, self.text, re.MULTILINE) is not None
@@ -92,8 +99,10 @@ class Place:
             f"--config.data.cache_dir={self.folder / life / 'cache'}",
         ]
 
-    def start(self, life: str, phase: str | None, rng: random.Random) -> int:
-        """Runs the command until it ends, or until the random moment of the phase; returns its exit code."""
+    def start(
+        self, life: str, phase: str | None, rng: random.Random, numbers: tuple[signal.Signals, ...] = (signal.SIGKILL,)
+    ) -> int:
+        """Runs the command until it ends, with signals from a random moment of the phase on; returns its exit code."""
         environment = script_environment(
             JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
         )
@@ -106,32 +115,42 @@ class Place:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        seen = Start(self.folder / life / "run")
+        begins, longest = PHASES[phase] if phase else (lambda start: False, 0.0)
         with process:
-            seen = Start(self.folder / life / "run")
             try:
-                self._watch(process, seen, phase, rng)
+                if self._watch(process, seen, begins, SECONDS_PER_START):
+                    delay = seen.seconds + rng.uniform(0, longest)
+                    self._watch(process, seen, lambda start: start.seconds >= delay, SECONDS_PER_START)
+                    for number in numbers:
+                        if process.poll() is None:
+                            os.killpg(process.pid, number)
+                    self._watch(process, seen, lambda start: False, SECONDS_TO_SAVE)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-        assert code in (0, -signal.SIGKILL), seen.text
+        assert code in (0, -signal.SIGKILL if numbers == (signal.SIGKILL,) else 128 + numbers[0]), seen.text
+        assert "Traceback" not in seen.text, seen.text
         return code
 
-    def _watch(self, process: subprocess.Popen[bytes], seen: Start, phase: str | None, rng: random.Random) -> None:
-        began, last_moment = time.monotonic(), float("inf")
-        begins, longest = PHASES[phase] if phase else (lambda start: False, 0.0)
+    def _watch(
+        self, process: subprocess.Popen[bytes], seen: Start, until: Callable[[Start], bool], most_seconds: float
+    ) -> bool:
+        """Looks on until `until` is so, and returns True; or until the process ends."""
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
+        began = seen.seconds
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
-            while time.monotonic() < last_moment:
-                assert time.monotonic() - began < SECONDS_PER_START, seen.text
+            while not until(seen):
                 if selector.select(timeout=0.002):
                     if not (content := process.stdout.read()):
-                        return
+                        return False
                     seen.text += content.decode(errors="replace")
-                if last_moment == float("inf") and begins(seen):
-                    last_moment = time.monotonic() + rng.uniform(0, longest)
+                seen.look()
+                assert seen.seconds - began < most_seconds, seen.text
+        return True
 
 
 def names_below(folder: Path) -> set[str]:
@@ -191,3 +210,28 @@ def test_a_run_killed_again_and_again_comes_to_the_very_same_end(place, full, ta
     check_the_same(place, f"life{life}")
     tally["runs that ended the same"] = life + 1
     assert sum(count for outcome, count in tally.items() if outcome.startswith("killed")) >= (100 if full else 10)
+
+
+ONCE = {"SIGTERM": (signal.SIGTERM,), "SIGINT": (signal.SIGINT,), "SIGINT twice": (signal.SIGINT, signal.SIGINT)}
+# Where each is sent, in order; what lies behind a run already is not done again.
+SHORT_SIGNALS = [("SIGTERM", "encoding"), ("SIGINT", "training"), ("SIGTERM", "saving"), ("SIGINT twice", "evaluation"),
+                 ("SIGINT", "report")]  # fmt: skip
+PHASES_TO_STOP = ("tokenizer", "encoding", "training", "saving", "evaluation", "report")
+WHOLE_SIGNALS = [(name, phase) for phase in PHASES_TO_STOP for name in ONCE]
+
+
+@pytest.mark.slow
+def test_a_run_asked_to_stop_is_saved_in_time_and_comes_to_the_very_same_end(place, full, tally: Counter[str]):
+    rng, life = random.Random(4), 0
+    for name, phase in WHOLE_SIGNALS if full else SHORT_SIGNALS:
+        for _ in range(MOST_TRIES):
+            if place.start(f"stopped{life}", phase, rng, ONCE[name]):
+                tally[f"{name} in {phase}"] += 1
+                break
+            check_the_same(place, f"stopped{life}")
+            life += 1
+        else:
+            pytest.fail(f"no run was caught in {phase}: {tally}")
+    assert place.start(f"stopped{life}", None, rng) == 0
+    check_the_same(place, f"stopped{life}")
+    tally["runs that ended the same"] = life + 1
