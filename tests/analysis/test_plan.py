@@ -108,7 +108,7 @@ def test_state_is_as_large_as_the_real_one():
     state = jax.jit(lambda: init_state(config, make_optimizer(config)))()
     assert size.total_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert size.parameters_bytes == size.accumulated_gradient_bytes == 4 * num_params(config.model)
-    assert 0 <= size.adamw_moments_bytes - 2 * size.parameters_bytes < 64
+    assert 0 <= size.moments_bytes - 2 * size.parameters_bytes < 64
     assert size.max_checkpoints_bytes == (2 + 1 + 4) * size.total_bytes
     assert count_state(config, UNKNOWN).max_checkpoints_bytes is None
 
