@@ -43,7 +43,7 @@ def make_optimizer(config: Config) -> optax.MultiSteps:
     assert config.schedule is not None
     optim = config.optim
     schedule = learning_rate_schedule(optim, config.schedule)
-    step: Any = optax.adamw(schedule, b1=optim.beta1, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decay_mask)
+    inner: Any = optax.adamw(schedule, b1=optim.beta1, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decay_mask)
     if optim.muon_learning_rate:
         muon = optax.contrib.muon(
             lambda count: schedule(count) * (optim.muon_learning_rate / optim.learning_rate),
@@ -51,8 +51,8 @@ def make_optimizer(config: Config) -> optax.MultiSteps:
             weight_decay=optim.weight_decay,
             consistent_rms=MUON_UPDATE_RMS,
         )
-        step = optax.partition({"muon": muon, "adamw": step}, optimizer_of)
-    update = optax.chain(_record_norm(), optax.clip_by_global_norm(optim.max_grad_norm), step)
+        inner = optax.partition({"muon": muon, "adamw": inner}, optimizer_of)
+    update = optax.chain(_record_norm(), optax.clip_by_global_norm(optim.max_grad_norm), inner)
     return optax.MultiSteps(update, every_k_schedule=config.train.grad_accum_steps)
 
 
