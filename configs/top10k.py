@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
                 "beta1": 0.9,  # AdamW
                 "beta2": 0.95,  # AdamW; shorter memory than 0.999, as usual for language models
                 "max_grad_norm": 1.0,  # global norm at which the averaged gradient is clipped
+                "muon_learning_rate": 0.0,  # peak of Muon, which then moves the layers' matrices; 0: AdamW moves all
+                "muon_momentum": 0.95,  # of Muon; unused without it
             },
             "eval": {
                 "every": 500,  # updates between evaluations

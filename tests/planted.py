@@ -74,6 +74,15 @@ def schedule_of_half_the_length(patch: Patch) -> None:
     patch(optim, "learning_rate_schedule", halved)
 
 
+def muon_schedule_of_half_the_length(patch: Patch) -> None:
+    muon = optax.contrib.muon
+
+    def hurried(learning_rate, **values):
+        return muon(lambda count: learning_rate(2 * count + 1), **values)
+
+    patch(optim.optax.contrib, "muon", hurried)
+
+
 def kv_cache_off_by_one(patch: Patch) -> None:
     write = transformer._write
     patch(

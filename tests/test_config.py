@@ -259,6 +259,8 @@ OUT_OF_RANGE = {
     "optim__beta1": (-0.1, 1.0),
     "optim__beta2": (-0.1, 1.0),
     "optim__max_grad_norm": (0.0, -1.0),
+    "optim__muon_learning_rate": (-0.1, 11.0),
+    "optim__muon_momentum": (-0.1, 1.0),
     "eval__every": (0, -1),
     "eval__max_batches": (-1,),
     "eval__early_stopping_patience": (-1,),
@@ -294,6 +296,10 @@ def test_every_number_but_booleans_has_a_range():
         ({"model__num_kv_heads": 3}, ["model.num_kv_heads=3", "model.num_heads=7"]),
         ({"model__num_kv_heads": 14}, ["model.num_kv_heads=14", "model.num_heads=7"]),
         ({"optim__min_learning_rate": 6e-4}, ["optim.min_learning_rate=0.0006", "optim.learning_rate=0.0005"]),
+        (
+            {"optim__muon_learning_rate": 0.02, "optim__learning_rate": 0.0, "optim__min_learning_rate": 0.0},
+            ["optim.muon_learning_rate=0.02", "optim.learning_rate above 0", "--config.optim.muon_learning_rate=0"],
+        ),
         ({"data__source": "files", "data__train_files": "a.txt"}, ["data.valid_files is empty", "--config.data."]),
         ({"data__source": "files", "data__valid_files": "a.txt"}, ["data.train_files is empty", "--config.data."]),
         ({"logging__loss_spike_factor": 0.9}, ["logging.loss_spike_factor=0.9", "above 1", "0"]),
@@ -545,6 +551,8 @@ BINDING = {
     "optim__beta1": 0.7,
     "optim__beta2": 0.7,
     "optim__max_grad_norm": 0.7,
+    "optim__muon_learning_rate": 7e-3,
+    "optim__muon_momentum": 0.7,
 }
 
 

@@ -77,6 +77,8 @@ class OptimConfig:
     beta1: float
     beta2: float
     max_grad_norm: float
+    muon_learning_rate: float
+    muon_momentum: float
 
 
 @dataclass(frozen=True)
@@ -376,6 +378,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("optim.beta1", 0.0, 0.99999),
     ("optim.beta2", 0.0, 0.99999),
     ("optim.max_grad_norm", 1e-6, 1e9),
+    ("optim.muon_learning_rate", 0.0, 10.0),
+    ("optim.muon_momentum", 0.0, 0.99999),
     ("eval.every", 1, 1_000_000_000),
     ("eval.max_batches", 0, 1_000_000_000),
     ("eval.early_stopping_patience", 0, 1_000_000_000),
@@ -432,10 +436,15 @@ def _check_model(model: dict[str, Any]) -> list[str]:
 
 
 def _check_optim(optim: dict[str, Any]) -> list[str]:
-    lowest, highest = optim["min_learning_rate"], optim["learning_rate"]
-    if lowest is None or highest is None or lowest <= highest:
-        return []
-    return [
-        f"optim.min_learning_rate={optim['min_learning_rate']} must not exceed "
-        f"optim.learning_rate={optim['learning_rate']}, where the cosine starts"
-    ]
+    problems: list[str] = []
+    lowest, highest, muon = optim["min_learning_rate"], optim["learning_rate"], optim["muon_learning_rate"]
+    if lowest is not None and highest is not None and lowest > highest:
+        problems.append(
+            f"optim.min_learning_rate={lowest} must not exceed optim.learning_rate={highest}, where the cosine starts"
+        )
+    if muon and highest == 0:
+        problems.append(
+            f"optim.muon_learning_rate={muon} needs optim.learning_rate above 0, to whose schedule it is proportional; "
+            "give --config.optim.learning_rate, or --config.optim.muon_learning_rate=0 for AdamW alone"
+        )
+    return problems

@@ -93,7 +93,7 @@ def the_failed(checks: list[Check]) -> Check:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["top10k", "baseline32k", "cpu_real", "quickstart"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
 def test_all_fast_checks_pass_on_each_config(name, tmp_path, tinystories_data, capsys):
     values = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
     values.data.cache_dir = str(tmp_path / "cache")
@@ -356,3 +356,24 @@ def test_train_refuses_what_the_doctor_finds_ill_unless_told_otherwise(config, t
     assert run_script("doctor", *same).returncode == 2
     result = run_script("train", *same, "--nodoctor")
     assert result.returncode == 0, result.stderr
+
+
+# ---- Muon
+
+
+@pytest.fixture
+def with_muon(config) -> Config:
+    return change(config, "optim", muon_learning_rate=0.02)
+
+
+def test_a_run_with_muon_is_found_sound(with_muon, tmp_path):
+    assert outcomes(check_all(with_muon, tmp_path), Outcome.FAIL) == []
+
+
+def test_a_schedule_of_which_muon_sees_another_is_found(with_muon, plant):
+    plant(planted.muon_schedule_of_half_the_length)
+    check = learning_checks.check_schedule(doctor._complete(with_muon, None))
+    assert check.outcome == Outcome.FAIL
+    applied, in_layers = check.figures["applied"], check.figures["in_layers"]
+    assert applied == pytest.approx(check.figures["expected"], rel=1e-3)
+    assert in_layers[12] == pytest.approx(4e-4, rel=1e-3)

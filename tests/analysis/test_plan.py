@@ -35,6 +35,7 @@ from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.data.prepare import prepare_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
+from tinystories_jax.training.checkpoint import checkpoint_bytes
 from tinystories_jax.training.metrics import PEAK_BF16_FLOPS, flops_per_token
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state
@@ -108,7 +109,8 @@ def test_state_is_as_large_as_the_real_one():
     state = jax.jit(lambda: init_state(config, make_optimizer(config)))()
     assert size.total_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert size.parameters_bytes == size.accumulated_gradient_bytes == 4 * num_params(config.model)
-    assert 0 <= size.adamw_moments_bytes - 2 * size.parameters_bytes < 64
+    assert 0 <= size.moments_bytes - 2 * size.parameters_bytes < 64
+    assert size.total_bytes == checkpoint_bytes(config)
     assert size.max_checkpoints_bytes == (2 + 1 + 4) * size.total_bytes
     assert count_state(config, UNKNOWN).max_checkpoints_bytes is None
 

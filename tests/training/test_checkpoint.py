@@ -12,7 +12,8 @@ from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config
 from tinystories_jax.data.tokenizer import StoryTokenizer, train_bpe
 from tinystories_jax.errors import UserError
-from tinystories_jax.training.checkpoint import Checkpoints, restore_params
+from tinystories_jax.model.transformer import num_params
+from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, restore_params
 from tinystories_jax.training.environment import describe_environment
 from tinystories_jax.training.meta import Evaluation, History, Meta
 from tinystories_jax.training.optim import make_optimizer
@@ -145,3 +146,13 @@ def test_a_foreign_tokenizer_in_a_checkpoint_is_refused(config, tokenizer):
         Meta.from_json(values, "here")
     with pytest.raises(UserError, match="here: not a checkpoint"):
         Meta.from_json({"update": 1}, "here")
+
+
+@pytest.mark.parametrize(("muon_learning_rate", "moments_of_matrices"), [(0.0, 2), (0.01, 1)])
+def test_the_size_of_a_checkpoint_counts_what_the_optimizer_keeps(config, muon_learning_rate, moments_of_matrices):
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, muon_learning_rate=muon_learning_rate))
+    d_model, d_ff, kv_width = 32, 48, 16
+    in_matrices = 2 * (2 * d_model * d_model + 2 * d_model * kv_width + 3 * d_model * d_ff)
+    others = num_params(config.model) - in_matrices
+    counted = 4 * (4 * others + (2 + moments_of_matrices) * in_matrices)
+    assert 0 <= checkpoint_bytes(config) - counted < 64

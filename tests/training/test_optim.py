@@ -7,11 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config, Schedule
-from tinystories_jax.training.optim import decay_mask, learning_rate_schedule, make_optimizer
+from tinystories_jax.model.transformer import init_params
+from tinystories_jax.training.optim import (
+    MUON_UPDATE_RMS,
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+    optimizer_of,
+)
 
 SCHEDULE = Schedule(num_blocks=100, blocks_per_update=4, total_updates=50, warmup_updates=10, epoch_ends=(25, 50))
 
@@ -84,3 +92,83 @@ def test_a_large_gradient_is_clipped_and_its_norm_recorded_before(config):
     moment = state.inner_opt_state[2][0].mu["w"]
     clipped = config.optim.max_grad_norm / 2
     np.testing.assert_allclose(moment, (1 - config.optim.beta1) * clipped, rtol=1e-5)
+
+
+# ---- Muon
+
+
+def single_with(config: Config, **optim: float) -> Config:
+    """Returns `config` with fields of section optim replaced and an update for each micro-step."""
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, **optim),
+        train=dataclasses.replace(config.train, grad_accum_steps=1),
+    )
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(config, tie_embeddings):
+    model = dataclasses.replace(config.model, tie_embeddings=tie_embeddings)
+    params = init_params(model, jax.random.key(0))
+    chosen = {
+        jax.tree_util.keystr(path, simple=True, separator="."): name
+        for path, name in jax.tree_util.tree_leaves_with_path(optimizer_of(params))
+    }
+    matrices = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    muon = {f"layers.{layer}.{matrix}.kernel" for layer in range(2) for matrix in matrices}
+    norms = {f"layers.{layer}.{name}_layernorm.scale" for layer in range(2) for name in ("input", "post_attention")}
+    adamw = {"embed_tokens.embedding", "norm.scale", *norms} | ({"lm_head.kernel"} if not tie_embeddings else set())
+    assert chosen == dict.fromkeys(muon, "muon") | dict.fromkeys(adamw, "adamw")
+
+
+def test_an_update_of_muon_stretches_all_directions_about_alike_at_its_own_rate(config):
+    config = single_with(config, muon_learning_rate=0.03, weight_decay=0.0)
+    params: Any = {"layers": {0: {"kernel": jnp.zeros((32, 48))}}}
+    grads: Any = {"layers": {0: {"kernel": jax.random.normal(jax.random.key(0), (32, 48))}}}
+    optimizer: Any = make_optimizer(config)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    kernel = updates["layers"][0]["kernel"]
+    assert np.sum(kernel * grads["layers"][0]["kernel"]) < 0
+    # First update: a tenth of the peak.
+    singular_values = np.linalg.svd(kernel, compute_uv=False) / (0.003 * MUON_UPDATE_RMS * 48**0.5)
+    assert singular_values.min() > 0.6
+    assert singular_values.max() < 1.3
+    rms = np.sqrt(np.mean(np.square(kernel)))
+    assert rms == pytest.approx(0.003 * MUON_UPDATE_RMS, rel=0.2)
+
+
+def test_both_rates_reach_peak_and_minimum_together(config):
+    """Weight decay alone moves parameters that have no gradient, by rate x decay."""
+    config = single_with(config, muon_learning_rate=0.05, weight_decay=0.5)
+    ones = jnp.ones((2, 2))
+    params: Any = {"embed_tokens": {"embedding": ones}, "layers": {0: {"kernel": ones}}, "norm": {"scale": ones[0]}}
+    optimizer: Any = make_optimizer(config)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moved = []
+    for _ in range(SCHEDULE.total_updates):
+        updates, state = update(zeros, state, params)
+        moved.append((updates["embed_tokens"]["embedding"][0, 0], updates["layers"][0]["kernel"][0, 0]))
+        np.testing.assert_array_equal(updates["norm"]["scale"], 0)
+    rates_of = -np.array(moved) / 0.5
+    np.testing.assert_allclose(rates_of[:, 0], rates(config, SCHEDULE), rtol=1e-5)
+    np.testing.assert_allclose(rates_of[:, 1], 5 * rates_of[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(rates_of[[9, -1]], [[0.01, 0.05], [0.001, 0.005]], rtol=1e-5)
+
+
+def test_without_muon_the_optimizer_is_clip_and_adamw_alone(config):
+    """Its state has the very structure that checkpoints of AdamW's runs hold."""
+    config = single_with(config, muon_learning_rate=0.0, muon_momentum=0.5)
+    optim = config.optim
+    schedule = learning_rate_schedule(optim, SCHEDULE)
+    adamw = optax.adamw(schedule, b1=optim.beta1, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decay_mask)
+    plain: Any = optax.chain(optax.clip_by_global_norm(optim.max_grad_norm), adamw)
+    params: Any = {"layers": {0: {"kernel": jnp.ones((2, 2))}}, "norm": {"scale": jnp.ones(2)}}
+    grads = jax.tree.map(lambda leaf: 3 * leaf, params)
+    optimizer: Any = make_optimizer(config)
+    state, plain_state = optimizer.init(params), plain.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(grads, state, params)
+        plain_updates, plain_state = plain.update(grads, plain_state, params)
+        assert jax.tree.structure(state.inner_opt_state[1:]) == jax.tree.structure(plain_state)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, plain_updates)

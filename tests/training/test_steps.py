@@ -75,7 +75,9 @@ def test_position_t_learns_to_predict_token_t_plus_1(tiny_config):
     assert np.bincount(offsets.ravel(), minlength=60).argmax() == 1
 
 
-def test_micro_batches_update_like_one_large_batch(tiny_config):
+@pytest.mark.parametrize("muon_learning_rate", [0.0, 0.01])
+def test_micro_batches_update_like_one_large_batch(tiny_config, muon_learning_rate):
+    tiny_config = change(tiny_config, "optim", muon_learning_rate=muon_learning_rate)
     large = change(tiny_config, "train", grad_accum_steps=1)
     small = change(tiny_config, "train", grad_accum_steps=4)
     blocks = random_blocks(2, batch_size=8)
@@ -107,7 +109,9 @@ def test_the_learning_rate_follows_the_count_of_updates(tiny_config):
     np.testing.assert_allclose([m.learning_rate for m in metrics[1::2]], peak * np.arange(1, 5) / 4, rtol=1e-5)
 
 
-def test_one_batch_overfits(tiny_config):
+@pytest.mark.parametrize("muon_learning_rate", [0.0, 0.01])
+def test_one_batch_overfits(tiny_config, muon_learning_rate):
+    tiny_config = change(tiny_config, "optim", muon_learning_rate=muon_learning_rate)
     config = change(change(tiny_config, "train", grad_accum_steps=1), "optim", warmup_updates=0)
     config = lengthen(config, 300)
     _, metrics = run(config, list(random_blocks(1)) * 300)

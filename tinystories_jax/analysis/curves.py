@@ -23,6 +23,9 @@ def show_curves(run: RunFiles) -> str:
         y=Axis("", low=0.0),
     )
     warm_up = f"{run.schedule.warmup_updates:,} updates of warm-up, then a cosine"
+    if run.config.optim.muon_learning_rate:
+        ratio = run.config.optim.muon_learning_rate / run.config.optim.learning_rate
+        warm_up += f"; AdamW's, Muon's is {ratio:.3g} times as high"
     curves = (*_losses(run), figure("Learning rate", rate, note=warm_up), _gradient_norm(run), _speed(run))
     return section("Training", figures(*curves))
 

@@ -61,7 +61,7 @@ class StateSize:
     """The training state in memory, which is what a checkpoint holds. None: the count of epochs is unknown."""
 
     parameters_bytes: int
-    adamw_moments_bytes: int
+    moments_bytes: int  # of the optimizer: two of each parameter, or one where Muon moves it
     accumulated_gradient_bytes: int
     total_bytes: int  # some counters included
     max_checkpoints: int | None
@@ -212,7 +212,7 @@ def count_state(config: Config, corpus: Corpus) -> StateSize:
     checkpoints = None if corpus.num_tokens is None else max_checkpoints(config)
     return StateSize(
         parameters_bytes=_bytes_of(state.params),
-        adamw_moments_bytes=_bytes_of(state.opt_state.inner_opt_state),
+        moments_bytes=_bytes_of(state.opt_state.inner_opt_state),
         accumulated_gradient_bytes=_bytes_of(state.opt_state.acc_grads),
         total_bytes=total,
         max_checkpoints=checkpoints,

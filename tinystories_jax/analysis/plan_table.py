@@ -36,7 +36,7 @@ def _size_rows(plan: Plan) -> list[_Row]:
         ("  layers", f"{parameters.layers:,}", "", "norm scales included"),
         ("training state", *_si(state.total_bytes, "B"), ""),
         ("  parameters", *_si(state.parameters_bytes, "B"), ""),
-        ("  AdamW moments", *_si(state.adamw_moments_bytes, "B"), ""),
+        ("  optimizer's moments", *_si(state.moments_bytes, "B"), ""),
         ("  accumulated gradient", *_si(state.accumulated_gradient_bytes, "B"), ""),
         ("a checkpoint on disk", *_si(state.total_bytes, "B"), "the training state, before compression"),
         ("all checkpoints kept", *_si(state.max_checkpoints_bytes, "B"), kept),

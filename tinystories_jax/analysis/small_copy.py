@@ -21,6 +21,7 @@ SHORT_CONTEXT = 64
 LONGEST_CONTEXT = 2_048
 _LEAST_WIDTH = 64  # narrower models learn too slowly to be judged by
 _LEARNING_RATE = 4e-3
+_MUON_LEARNING_RATE = 1e-2
 _TOKENS = 1024  # on which a loss is measured
 
 
@@ -39,6 +40,9 @@ def shrink(
     num_kv_heads = max(min(model.num_kv_heads, 2), -(-_LEAST_WIDTH // (sharing * model.head_dim)))
     num_heads = num_kv_heads * sharing
     d_model = num_heads * model.head_dim
+    rates = {"learning_rate": _LEARNING_RATE, "min_learning_rate": _LEARNING_RATE}
+    if config.optim.muon_learning_rate:
+        rates["muon_learning_rate"] = _MUON_LEARNING_RATE
     small = dataclasses.replace(
         model,
         num_layers=min(model.num_layers, 2),
@@ -54,7 +58,7 @@ def shrink(
         model=small,
         data=dataclasses.replace(config.data, sequence_length=min(config.data.sequence_length, context)),
         train=dataclasses.replace(config.train, batch_size=rows, grad_accum_steps=grad_accum_steps),
-        optim=dataclasses.replace(config.optim, learning_rate=_LEARNING_RATE, min_learning_rate=_LEARNING_RATE),
+        optim=dataclasses.replace(config.optim, **rates),
         schedule=Schedule(
             num_blocks=num_updates * grad_accum_steps * rows,
             blocks_per_update=grad_accum_steps * rows,

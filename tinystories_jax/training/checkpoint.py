@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from tinystories_jax.config import Config
 from tinystories_jax.errors import UserError
-from tinystories_jax.model.transformer import Params, init_params, num_params
+from tinystories_jax.model.transformer import Params, init_params
 from tinystories_jax.training.environment import environment_changes
 from tinystories_jax.training.memory import device_memory_bytes
 from tinystories_jax.training.meta import (
@@ -39,8 +39,9 @@ from tinystories_jax.training.meta import (
     shapes_of,
     to_file,
 )
+from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.run_folder import require_own_files, set_aside, warn, way_out
-from tinystories_jax.training.steps import TrainState
+from tinystories_jax.training.steps import TrainState, init_state
 
 _ITEMS = ("params", "training", "meta")
 _MAX_MORE_BYTES = 2**26  # of one file of a checkpoint, beyond its arrays
@@ -202,8 +203,10 @@ class _KeepBest(checkpoint_managers.PreservationPolicy):
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Returns the size of one checkpoint: parameters, AdamW's two moments and the sum of gradients, all float32."""
-    return num_params(config.model) * 4 * 4
+    """Returns the size of one checkpoint, from the shapes alone: parameters, the optimizer's moments (two of AdamW, one
+    of Muon) and the sum of gradients, all float32."""
+    state = jax.eval_shape(lambda: init_state(config, make_optimizer(config)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def max_checkpoints(config: Config) -> int:

@@ -1,12 +1,17 @@
-"""The optimizer: clip -> AdamW, over the average of `grad_accum_steps` gradients, with warm-up and cosine."""
+"""The optimizer: clip -> AdamW (or Muon for matrices and AdamW for the rest), over the average of `grad_accum_steps`
+gradients, with warm-up and cosine."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from tinystories_jax.config import Config, OptimConfig, Schedule
+
+# Root mean square of Muon's updates at a rate of 1, whatever the shape of the matrix: what AdamW's come to, so that one
+# weight decay suits both (Liu et al. 2025, arXiv:2502.16982).
+MUON_UPDATE_RMS = 0.2
 
 
 class RecordNormState(NamedTuple):
@@ -37,18 +42,32 @@ def make_optimizer(config: Config) -> optax.MultiSteps:
     """
     assert config.schedule is not None
     optim = config.optim
-    update = optax.chain(
-        _record_norm(),
-        optax.clip_by_global_norm(optim.max_grad_norm),
-        optax.adamw(
-            learning_rate_schedule(optim, config.schedule),
-            b1=optim.beta1,
-            b2=optim.beta2,
+    schedule = learning_rate_schedule(optim, config.schedule)
+    inner: Any = optax.adamw(schedule, b1=optim.beta1, b2=optim.beta2, weight_decay=optim.weight_decay, mask=decay_mask)
+    if optim.muon_learning_rate:
+        muon = optax.contrib.muon(
+            lambda count: schedule(count) * (optim.muon_learning_rate / optim.learning_rate),
+            beta=optim.muon_momentum,
             weight_decay=optim.weight_decay,
-            mask=decay_mask,
-        ),
-    )
+            consistent_rms=MUON_UPDATE_RMS,
+        )
+        inner = optax.partition({"muon": muon, "adamw": inner}, optimizer_of)
+    update = optax.chain(_record_norm(), optax.clip_by_global_norm(optim.max_grad_norm), inner)
     return optax.MultiSteps(update, every_k_schedule=config.train.grad_accum_steps)
+
+
+def optimizer_of(params: optax.Params) -> optax.Params:
+    """Returns "muon" for the matrices of the layers and "adamw" for all else, where a config uses Muon.
+
+    Muon turns a gradient into the nearest matrix that stretches all directions alike (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). The rows of embedding and output matrix are one per token: most are not in a
+    batch, and should not move as far as the others.
+    """
+
+    def choose(path: tuple[Any, ...], leaf: jax.Array) -> str:
+        return "muon" if path[0] == jax.tree_util.DictKey("layers") and leaf.ndim == 2 else "adamw"
+
+    return jax.tree_util.tree_map_with_path(choose, params)
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
