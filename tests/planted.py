@@ -88,7 +88,7 @@ def kv_cache_off_by_one(patch: Patch) -> None:
     patch(
         transformer,
         "_write",
-        lambda kv_cache, keys, values, positions_B: write(kv_cache, keys, values, positions_B + 1),
+        lambda kv_cache, keys, values, slot: write(kv_cache, keys, values, slot + 1),
     )
 
 

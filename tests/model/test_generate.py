@@ -1,6 +1,7 @@
 """The decode loop against the full forward, and its filters against plain NumPy."""
 
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from tests.model.test_transformer import CONFIG
 from tinystories_jax.errors import UserError
 from tinystories_jax.model import generate as generate_module
 from tinystories_jax.model.generate import Sampling, generate, generate_chunks
-from tinystories_jax.model.transformer import forward, init_params
+from tinystories_jax.model.transformer import forward, init_kv_cache, init_params
 
 PROMPTS = [[0, 5, 9, 33], [0], [0, 7, 7, 7, 7, 7, 7, 7, 7]]
 FORWARD = jax.jit(forward, static_argnames="config")
@@ -119,7 +120,7 @@ def test_repetition_penalty_changes_what_is_written(params):
 
 def test_repetition_penalty_falls_on_the_tokens_of_the_text_only():
     state = generate_module.DecodeState(
-        jnp.array([[0, 2, 3, 1]]), jnp.array([3]), jnp.array([False]), jnp.int32(0), caches=[]
+        jnp.array([[0, 2, 3, 1]]), jnp.array([3]), jnp.array([False]), jnp.int32(0), init_kv_cache(CONFIG, 1, 4)
     )
     logits_BV = jnp.array([[1.0, 1.0, 4.0, -4.0]])
     penalized_BV = generate_module._penalize(logits_BV, state, jnp.float32(2.0), end_token=0)
@@ -131,10 +132,39 @@ def test_prompt_lengths_and_sampling_values_compile_a_handful_of_programs(params
     jax.clear_caches()
     for length in range(1, 40):
         write(params, [[1] * length], max_new_tokens=4, temperature=0.5 + length / 100, top_k=length, seed=length)
-    # Prompt buckets 32 and 48 (the context), each with the cache lengths 32 and 48 that can follow.
+    # Prompt buckets 32 and 48, the context.
     programs: Any = generate_module
-    assert programs._start._cache_size() <= 3
+    assert programs._start._cache_size() <= 2
     assert programs._decode_until._cache_size() <= 2
+
+
+def test_the_cache_is_written_in_place(params):
+    """A copy of it for every token would be most of the time that a token takes."""
+    batch_size, cache_length = 3, 160
+    state = generate_module.DecodeState(
+        jnp.zeros((batch_size, 48), jnp.int32),
+        jnp.ones(batch_size, jnp.int32),
+        jnp.zeros(batch_size, bool),
+        jnp.int32(1),
+        init_kv_cache(CONFIG, batch_size, cache_length),
+    )
+    draw = generate_module._Draw(jnp.float32(1), jnp.int32(97), jnp.float32(1), jnp.float32(1))
+    row_keys_B = jax.random.split(jax.random.key(0), batch_size)
+    filters = generate_module._Filters(greedy=True, truncate=False, penalize=False)
+    jitted: Any = generate_module._decode_until
+    program = jitted.lower(
+        params, state, np.int32(9), row_keys_B, draw, config=CONFIG, filters=filters, end_token=0
+    ).compile()
+    loops = [part for part in program.as_text().split("\n\n") if " dot(" in part or "dot_general" in part]
+    assert any(str(cache_length) in loop for loop in loops)
+    copies = [
+        line
+        for loop in loops
+        if not loop.startswith("ENTRY")
+        for line in loop.splitlines()
+        if re.search(rf"= f32\[{batch_size},2,(8,{cache_length}|{cache_length},8)\]\S* copy\(", line)
+    ]
+    assert copies == []
 
 
 def test_what_cannot_be_generated_is_refused(params):

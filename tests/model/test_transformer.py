@@ -116,7 +116,7 @@ def test_dtypes(dtype, tokens_BT):
     params = init_params(config, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert forward(params, tokens_BT, config).dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(init_kv_cache(config, 1, 4))} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(init_kv_cache(config, 1, 4).layers)} == {jnp.dtype(dtype)}
 
 
 def test_bfloat16_stays_near_float32(params, tokens_BT):
@@ -197,19 +197,19 @@ def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddi
     params = init_params(config, jax.random.key(2))
     full_BTV = forward(params, tokens_BT, config)
     rows, lengths_B = jnp.arange(3), jnp.array([1, 12, 7])
-    logits_BV, caches = prefill(params, tokens_BT[:, :12], lengths_B, config, cache_length=20)
+    logits_BV, cache = prefill(params, tokens_BT[:, :12], lengths_B, config, cache_length=20)
     np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B - 1], atol=2e-6)
     for positions_B in (lengths_B + step for step in range(8)):
-        logits_BV, caches = decode_step(params, tokens_BT[rows, positions_B], positions_B, caches, config)
+        logits_BV, cache = decode_step(params, tokens_BT[rows, positions_B], positions_B, cache, config)
         np.testing.assert_allclose(logits_BV, full_BTV[rows, positions_B], atol=2e-6)
 
 
 def test_decoding_from_an_empty_cache_equals_the_full_forward(params, tokens_BT):
-    caches = init_kv_cache(CONFIG, 3, 20)
+    cache = init_kv_cache(CONFIG, 3, 20)
     full_BTV = forward(params, tokens_BT, CONFIG)
     for position in range(4):
         positions_B = jnp.full(3, position)
-        logits_BV, caches = decode_step(params, tokens_BT[:, position], positions_B, caches, CONFIG)
+        logits_BV, cache = decode_step(params, tokens_BT[:, position], positions_B, cache, CONFIG)
         np.testing.assert_allclose(logits_BV, full_BTV[:, position], atol=2e-6)
 
 

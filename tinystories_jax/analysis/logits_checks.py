@@ -105,7 +105,7 @@ def check_decode_parity(config: Config) -> Check:
         f"logits {largest:.1e}, {disagreeing} greedy tokens differ",
         f"at most {_PARITY_BOUND:g} of the largest logit, 0",
         on_fail="writing computes other logits than training did, so samples are worse than the model: look at what "
-        "prefill and decode_step write into the KV cache, at which position, and at the angles they rotate by.",
+        "prefill and decode_step write into the KV cache, into which slot, and at the angles they rotate by.",
         remark=f"prompts of {', '.join(map(str, lengths_B))} tokens, in float32, {describe(small)}",
         figures={
             "largest_difference": largest,
@@ -125,14 +125,15 @@ def _decode_differences(
 ) -> list[float]:
     """Returns the largest difference of logits after the prompts, and after each of `new_tokens` - 1 tokens more."""
     context, rows = small.data.sequence_length, np.arange(len(lengths_B))
-    prefill = jax.jit(functools.partial(transformer.prefill, config=small.model, cache_length=context))
+    room = context + new_tokens
+    prefill = jax.jit(functools.partial(transformer.prefill, config=small.model, cache_length=room))
     decode_step = jax.jit(functools.partial(transformer.decode_step, config=small.model))
     prompts_BT = np.where(np.arange(context)[None] < lengths_B[:, None], tokens_BT, END_OF_STORY_ID)
-    logits_BV, caches = prefill(params, prompts_BT, jnp.asarray(lengths_B))
+    logits_BV, cache = prefill(params, prompts_BT, jnp.asarray(lengths_B))
     differences = [float(np.abs(logits_BV - full_BTV[rows, lengths_B - 1]).max())]
     for step in range(new_tokens - 1):
         positions_B = lengths_B + step
-        logits_BV, caches = decode_step(params, tokens_BT[rows, positions_B], jnp.asarray(positions_B), caches)
+        logits_BV, cache = decode_step(params, tokens_BT[rows, positions_B], jnp.asarray(positions_B), cache)
         differences.append(float(np.abs(logits_BV - full_BTV[rows, positions_B]).max()))
     return differences
 

@@ -17,6 +17,7 @@ from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import KVCache, Params, decode_step, prefill
 
 _SMALLEST_BUCKET = 32
+_SLOTS = 64  # the KV cache has room for a multiple of so many new tokens
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Sampling:
 
 
 class DecodeState(NamedTuple):
-    """Texts under way. `lengths_B` counts the tokens of each row of `tokens_BS`; the last is not yet in the caches."""
+    """Texts under way. `lengths_B` counts the tokens of each row of `tokens_BT`; the last is not yet in the cache."""
 
-    tokens_BS: jax.Array
+    tokens_BT: jax.Array
     lengths_B: jax.Array
     finished_B: jax.Array
     num_new: jax.Array
-    caches: list[KVCache]
+    cache: KVCache
 
 
 class _Draw(NamedTuple):
@@ -128,7 +129,8 @@ def generate_chunks(
     _check_prompts(lengths, context_length, max_new_tokens)
     # The compiled programs depend on batch size and bucket only, never on the prompts' lengths.
     prompt_bucket = _bucket(int(lengths.max()), context_length)
-    cache_length = _bucket(int(lengths.max()) + max_new_tokens, context_length)
+    # Every step takes a slot behind the prompts.
+    cache_length = prompt_bucket + -(-min(max_new_tokens, context_length) // _SLOTS) * _SLOTS
     tokens_BT = np.zeros((len(prompts), prompt_bucket), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
@@ -145,16 +147,17 @@ def generate_chunks(
     )
     row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(prompts)))
     static = {"config": config, "filters": filters, "end_token": end_token}
-    state = _start(params, tokens_BT, lengths, row_keys_B, draw, cache_length=cache_length, **static)
+    room = {"context_length": context_length, "cache_length": cache_length}
+    state = _start(params, tokens_BT, lengths, row_keys_B, draw, **room, **static)
     for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
         state = _decode_until(params, state, np.int32(until), row_keys_B, draw, **static)
-        tokens, ends, finished = jax.device_get((state.tokens_BS, state.lengths_B, state.finished_B))
+        tokens, ends, finished = jax.device_get((state.tokens_BT, state.lengths_B, state.finished_B))
         yield [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
         if finished.all():
             return
 
 
-@functools.partial(jax.jit, static_argnames=("config", "filters", "end_token", "cache_length"))
+@functools.partial(jax.jit, static_argnames=("config", "filters", "end_token", "context_length", "cache_length"))
 def _start(
     params: Params,
     tokens_BT: jax.Array,
@@ -165,11 +168,12 @@ def _start(
     config: ModelConfig,
     filters: _Filters,
     end_token: int,
+    context_length: int,
     cache_length: int,
 ) -> DecodeState:
-    logits_BV, caches = prefill(params, tokens_BT, lengths_B, config, cache_length=cache_length)
-    tokens_BS = jnp.pad(tokens_BT, ((0, 0), (0, cache_length - tokens_BT.shape[1])))
-    state = DecodeState(tokens_BS, lengths_B, jnp.zeros(lengths_B.shape, bool), jnp.int32(0), caches)
+    logits_BV, cache = prefill(params, tokens_BT, lengths_B, config, cache_length=cache_length)
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, context_length - tokens_BT.shape[1])))
+    state = DecodeState(tokens_BT, lengths_B, jnp.zeros(lengths_B.shape, bool), jnp.int32(0), cache)
     return _append(state, logits_BV, row_keys_B, draw, filters, end_token)
 
 
@@ -192,9 +196,9 @@ def _decode_until(
 
     def step(state: DecodeState) -> DecodeState:
         positions_B = state.lengths_B - 1
-        last_B = jnp.take_along_axis(state.tokens_BS, positions_B[:, None], axis=1)[:, 0]
-        logits_BV, caches = decode_step(params, last_B, positions_B, state.caches, config)
-        return _append(state._replace(caches=caches), logits_BV, row_keys_B, draw, filters, end_token)
+        last_B = jnp.take_along_axis(state.tokens_BT, positions_B[:, None], axis=1)[:, 0]
+        logits_BV, cache = decode_step(params, last_B, positions_B, state.cache, config)
+        return _append(state._replace(cache=cache), logits_BV, row_keys_B, draw, filters, end_token)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -205,15 +209,15 @@ def _append(
     """Returns the state with one drawn token more in every row that is not finished."""
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, state.num_new)
     next_B = _sample(logits_BV, state, keys_B, draw, filters, end_token)
-    cache_length = state.tokens_BS.shape[1]
+    context_length = state.tokens_BT.shape[1]
     rows = jnp.arange(next_B.shape[0])
     # A finished row writes outside the array, which JAX drops.
-    slots_B = jnp.where(state.finished_B, cache_length, state.lengths_B)
+    places_B = jnp.where(state.finished_B, context_length, state.lengths_B)
     lengths_B = state.lengths_B + ~state.finished_B
     return state._replace(
-        tokens_BS=state.tokens_BS.at[rows, slots_B].set(next_B, mode="drop"),
+        tokens_BT=state.tokens_BT.at[rows, places_B].set(next_B, mode="drop"),
         lengths_B=lengths_B,
-        finished_B=state.finished_B | (next_B == end_token) | (lengths_B >= cache_length),
+        finished_B=state.finished_B | (next_B == end_token) | (lengths_B >= context_length),
         num_new=state.num_new + 1,
     )
 
@@ -240,9 +244,9 @@ def _sample(
 
 
 def _penalize(logits_BV: jax.Array, state: DecodeState, penalty: jax.Array, end_token: int) -> jax.Array:
-    batch_size, cache_length = state.tokens_BS.shape
-    written_BS = jnp.arange(cache_length)[None] < state.lengths_B[:, None]
-    seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(batch_size)[:, None], state.tokens_BS].max(written_BS)
+    batch_size, context_length = state.tokens_BT.shape
+    written_BT = jnp.arange(context_length)[None] < state.lengths_B[:, None]
+    seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(batch_size)[:, None], state.tokens_BT].max(written_BT)
     # The end token that stands before every text is no part of it: penalized, it would keep stories from ending.
     seen_BV = seen_BV.at[:, end_token].set(False)
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)

@@ -25,12 +25,22 @@ _NORM_EPSILON = 1e-5
 _NUM_QUERY_BLOCKS = 4
 
 
-class KVCache(NamedTuple):
-    """Keys and values of one layer. Positions stand last in keys and inner in values: the layouts that the two
-    products of a decode step read in order."""
+class LayerCache(NamedTuple):
+    """Keys and values of one layer. Slots stand last in keys and inner in values: the layouts that the two products of
+    a decode step read in order."""
 
     keys_BGKS: jax.Array
     values_BGSK: jax.Array
+
+
+class KVCache(NamedTuple):
+    """What a decode step has to know of the tokens before. A token's slot is not its position: the next token of every
+    row goes into the same slot, so that it is written in place, whatever the lengths of the prompts. `seen_BS` is True
+    for the slots that hold a token of the row; `next_slot` is a scalar."""
+
+    layers: list[LayerCache]
+    seen_BS: jax.Array
+    next_slot: jax.Array
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -70,40 +80,45 @@ def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
 
 def prefill(
     params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, config: ModelConfig, *, cache_length: int
-) -> tuple[jax.Array, list[KVCache]]:
-    """Returns float32 logits_BV after each prompt's last token, and the caches that hold the prompts.
+) -> tuple[jax.Array, KVCache]:
+    """Returns float32 logits_BV after each prompt's last token, and the cache that holds the prompts.
 
-    `tokens_BT` is padded on the right; `lengths_B` counts the real tokens, at least 1. What the padding writes into
-    the cache stands behind every real position, so it is overwritten before it can be seen.
+    `tokens_BT` is padded on the right; `lengths_B` counts the real tokens, at least 1. The padding has slots of its
+    own, which are never seen; `cache_length` is T and room for what is to be written.
     """
     model = _bind(params, config)
     hidden_BTD, keys_and_values = model.hidden(tokens_BT)
     padding = cache_length - tokens_BT.shape[1]
-    caches = [
-        KVCache(
+    layers = [
+        LayerCache(
             keys_BGKS=jnp.pad(jnp.transpose(keys_BTGK, (0, 2, 3, 1)), ((0, 0), (0, 0), (0, 0), (0, padding))),
             values_BGSK=jnp.pad(jnp.transpose(values_BTGK, (0, 2, 1, 3)), ((0, 0), (0, 0), (0, padding), (0, 0))),
         )
         for keys_BTGK, values_BTGK in keys_and_values
     ]
+    seen_BS = jnp.arange(cache_length)[None] < lengths_B[:, None]
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return logits(last_BD, model.output_matrix()), caches
+    return logits(last_BD, model.output_matrix()), KVCache(layers, seen_BS, jnp.int32(tokens_BT.shape[1]))
 
 
 def decode_step(
-    params: Params, tokens_B: jax.Array, positions_B: jax.Array, caches: list[KVCache], config: ModelConfig
-) -> tuple[jax.Array, list[KVCache]]:
-    """Returns float32 logits_BV for what follows `tokens_B`, which stand at `positions_B`, and the caches with them."""
+    params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, config: ModelConfig
+) -> tuple[jax.Array, KVCache]:
+    """Returns float32 logits_BV for what follows `tokens_B`, which stand at `positions_B`, and the cache with them.
+
+    The cache must have room: beyond its last slot, that one is written again.
+    """
     model = _bind(params, config)
-    hidden_BTD, caches = model.hidden_cached(tokens_B[:, None], positions_B, caches)
-    return logits(hidden_BTD[:, 0], model.output_matrix()), caches
+    hidden_BTD, cache = model.hidden_cached(tokens_B[:, None], positions_B, cache)
+    return logits(hidden_BTD[:, 0], model.output_matrix()), cache
 
 
-def init_kv_cache(config: ModelConfig, batch_size: int, cache_length: int) -> list[KVCache]:
-    """Returns empty caches, one per layer, in the activations' dtype."""
+def init_kv_cache(config: ModelConfig, batch_size: int, cache_length: int) -> KVCache:
+    """Returns an empty cache, in the activations' dtype."""
     shape = (batch_size, config.num_kv_heads, config.head_dim, cache_length)
     keys_BGKS = jnp.zeros(shape, config.dtype)
-    return [KVCache(keys_BGKS, jnp.swapaxes(keys_BGKS, 2, 3)) for _ in range(config.num_layers)]
+    layers = [LayerCache(keys_BGKS, jnp.swapaxes(keys_BGKS, 2, 3)) for _ in range(config.num_layers)]
+    return KVCache(layers, jnp.zeros((batch_size, cache_length), bool), jnp.int32(0))
 
 
 def num_params(config: ModelConfig) -> int:
@@ -156,17 +171,17 @@ class Transformer(nnx.Module):
             keys_and_values.append(layer_keys_and_values)
         return self.norm(hidden_BTD), keys_and_values
 
-    def hidden_cached(
-        self, tokens_BT: jax.Array, positions_B: jax.Array, caches: list[KVCache]
-    ) -> tuple[jax.Array, list[KVCache]]:
-        """Returns normalised hidden_BTD of one new token a row (T = 1) and the caches with its keys and values."""
+    def hidden_cached(self, tokens_BT: jax.Array, positions_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Returns normalised hidden_BTD of one new token a row (T = 1) and the cache with its keys and values."""
         hidden_BTD = self._embed(tokens_BT)
         rotation = _rotation(positions_B[:, None], self.config)
-        new_caches = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            hidden_BTD, cache = layer.cached(hidden_BTD, rotation, positions_B, cache)
-            new_caches.append(cache)
-        return self.norm(hidden_BTD), new_caches
+        slot = cache.next_slot
+        seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.seen_BS, jnp.ones_like(tokens_BT, bool), slot, axis=1)
+        new_layers = []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            hidden_BTD, layer_cache = layer.cached(hidden_BTD, rotation, slot, seen_BS, layer_cache)
+            new_layers.append(layer_cache)
+        return self.norm(hidden_BTD), KVCache(new_layers, seen_BS, slot + 1)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         # Rows first, then the cast: the other way round their gradients add up in bf16, where the thousandth "the" of a
@@ -198,9 +213,14 @@ class DecoderLayer(nnx.Module):
         return hidden_BTD + self._drop(fed_BTD, dropout_key, 1), keys_and_values
 
     def cached(
-        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], positions_B: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        attended_BTD, cache = self.self_attn.cached(self.input_layernorm(hidden_BTD), rotation, positions_B, cache)
+        self,
+        hidden_BTD: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        slot: jax.Array,
+        seen_BS: jax.Array,
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
+        attended_BTD, cache = self.self_attn.cached(self.input_layernorm(hidden_BTD), rotation, slot, seen_BS, cache)
         hidden_BTD = hidden_BTD + attended_BTD
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD)), cache
 
@@ -234,10 +254,15 @@ class Attention(nnx.Module):
         return self._output(attended_BTHK), (keys_BTGK, values_BTGK)
 
     def cached(
-        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], positions_B: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
+        self,
+        hidden_BTD: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        slot: jax.Array,
+        seen_BS: jax.Array,
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
         queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation)
-        cache = _write(cache, keys_BTGK[:, 0], values_BTGK[:, 0], positions_B)
+        cache = _write(cache, keys_BTGK[:, 0], values_BTGK[:, 0], slot)
         batch_size = hidden_BTD.shape[0]
         groups = (batch_size, self.config.num_kv_heads, -1, self.config.head_dim)
         # R query heads share a key/value head; they stand next to each other, as in Llama.
@@ -245,7 +270,6 @@ class Attention(nnx.Module):
         scores_BGRS = jnp.einsum(
             "BGRK,BGKS->BGRS", queries_BGRK, cache.keys_BGKS, preferred_element_type=jnp.float32
         ) * (self.config.head_dim**-0.5)
-        seen_BS = jnp.arange(scores_BGRS.shape[-1])[None] <= positions_B[:, None]
         scores_BGRS = jnp.where(seen_BS[:, None, None], scores_BGRS, -jnp.inf)
         # Softmax in float32: bf16 has 8 significant bits, and the tail is what sampling draws from.
         weights_BGRS = jax.nn.softmax(scores_BGRS, axis=-1).astype(hidden_BTD.dtype)
@@ -360,10 +384,9 @@ def _rotate(heads_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax
     return rotated.astype(heads_BTHK.dtype)
 
 
-def _write(cache: KVCache, keys_BGK: jax.Array, values_BGK: jax.Array, positions_B: jax.Array) -> KVCache:
-    """Returns the cache with one token a row written at its own position; in place when the cache is donated."""
-    rows = jnp.arange(positions_B.shape[0])
-    return KVCache(
-        keys_BGKS=cache.keys_BGKS.at[rows, :, :, positions_B].set(keys_BGK),
-        values_BGSK=cache.values_BGSK.at[rows, :, positions_B].set(values_BGK),
+def _write(cache: LayerCache, keys_BGK: jax.Array, values_BGK: jax.Array, slot: jax.Array) -> LayerCache:
+    """Returns the cache with one token a row in `slot`; in place in a loop, or when the cache is donated."""
+    return LayerCache(
+        keys_BGKS=jax.lax.dynamic_update_slice_in_dim(cache.keys_BGKS, keys_BGK[..., None], slot, axis=3),
+        values_BGSK=jax.lax.dynamic_update_slice_in_dim(cache.values_BGSK, values_BGK[:, :, None], slot, axis=2),
     )
