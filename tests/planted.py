@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from tinystories_jax.data import cache
-from tinystories_jax.model import transformer
+from tinystories_jax.model import loss, transformer
 from tinystories_jax.training import optim, steps
 
 Patch = Callable[[Any, str, Any], None]  # as setattr and pytest's monkeypatch.setattr
@@ -58,7 +58,8 @@ def one_block_leaks(patch: Patch) -> None:
 
 def logits_not_finite(patch: Patch) -> None:
     logits = transformer.logits
-    patch(transformer, "logits", lambda hidden, output_DV: logits(hidden, output_DV) * jnp.nan)
+    for module in (transformer, loss):
+        patch(module, "logits", lambda hidden, output_DV: logits(hidden, output_DV) * jnp.nan)
 
 
 def gradients_summed(patch: Patch) -> None:

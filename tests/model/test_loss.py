@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tinystories_jax.model import loss as loss_module
-from tinystories_jax.model.loss import next_token_loss, token_losses
+from tinystories_jax.model.loss import losses_and_hits, next_token_loss, token_losses
 from tinystories_jax.model.transformer import logits
 
 LOGITS_BTV = jax.random.normal(jax.random.key(0), (2, 5, 11)) * 3
@@ -63,6 +63,17 @@ def test_the_loss_in_chunks_is_the_plain_loss_with_its_gradients(length):
 
         values.append(jax.jit(jax.value_and_grad(doubled, argnums=(0, 1), has_aux=True))(hidden_BTD, output_DV))
     jax.tree.map(lambda ours, plain: np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6), *values)
+
+
+@pytest.mark.parametrize("length", [16, 19, 1])
+def test_losses_and_hits_in_chunks_are_those_of_the_logits(length):
+    hidden_BTD, output_DV, targets_BT = make_inputs(3, length, 8, 41)
+    logits_BTV = logits(hidden_BTD, output_DV)
+    targets_BT = jnp.where(jnp.arange(length)[None] % 2 == 0, logits_BTV.argmax(axis=-1), targets_BT)
+    losses_BT, hits_BT = losses_and_hits(hidden_BTD, output_DV, targets_BT)
+    np.testing.assert_allclose(losses_BT, token_losses(logits_BTV, targets_BT), rtol=1e-5)
+    np.testing.assert_array_equal(hits_BT, logits_BTV.argmax(axis=-1) == targets_BT)
+    assert hits_BT[:, ::2].all()
 
 
 def test_without_a_gradient_the_loss_is_the_same():

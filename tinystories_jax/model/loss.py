@@ -2,11 +2,13 @@
 
 Training never holds the logits of a whole micro-batch, which at the main recipe would be 1.3 GB of float32, written
 and read several times: `next_token_loss` makes them a piece of the text at a time, and takes from each piece its part
-of the gradient before the next.
+of the gradient before the next. Nor does evaluation, which would else need more memory than training.
 """
 
 import jax
 import jax.numpy as jnp
+
+from tinystories_jax.model.transformer import logits
 
 _NUM_CHUNKS = 8
 
@@ -17,6 +19,19 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     # logsumexp and a gather instead of log_softmax: the normalised (B, T, V) array is never made.
     target_logits_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT
+
+
+def losses_and_hits(hidden_BTD: jax.Array, output_DV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns losses_BT in nats, and whether each target is the likeliest token, hits_BT, by pieces of the text."""
+
+    def look_at(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        hidden_BCD, targets_BC = chunk
+        logits_BCV = logits(hidden_BCD, output_DV)
+        return None, (token_losses(logits_BCV, targets_BC), jnp.argmax(logits_BCV, axis=-1) == targets_BC)
+
+    _, (losses_NBC, hits_NBC) = jax.lax.scan(look_at, None, _split(hidden_BTD, targets_BT))
+    length = targets_BT.shape[1]
+    return _join(losses_NBC, length), _join(hits_NBC, length)
 
 
 def next_token_loss(
@@ -37,14 +52,8 @@ def next_token_loss(
 def _chunked_loss(
     hidden_BTD: jax.Array, output_DV: jax.Array, targets_BT: jax.Array, shares_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden_BCD, targets_BC, shares_BC = chunk
-        losses_BC = token_losses(_logits(hidden_BCD, output_DV), targets_BC)
-        return total + jnp.sum(shares_BC * losses_BC), losses_BC
-
-    chunks = _split(hidden_BTD, targets_BT, shares_BT)
-    loss, losses_NBC = jax.lax.scan(add_chunk, jnp.float32(0), chunks)
-    return loss, _join(losses_NBC, targets_BT.shape[1])
+    losses_BT, _ = losses_and_hits(hidden_BTD, output_DV, targets_BT)
+    return jnp.sum(shares_BT * losses_BT), losses_BT
 
 
 def _loss_and_gradients(
@@ -61,7 +70,7 @@ def _loss_and_gradients(
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
         loss, output_grad_DV = sums
         hidden_BCD, targets_BC, shares_BC = chunk
-        logits_BCV = _logits(hidden_BCD, output_DV)
+        logits_BCV = logits(hidden_BCD, output_DV)
         log_sums_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         losses_BC = log_sums_BC - jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         is_target_BCV = targets_BC[..., None] == jnp.arange(output_DV.shape[1])[None, None]
@@ -89,10 +98,6 @@ def _scale_gradients(
 
 
 _chunked_loss.defvjp(_loss_and_gradients, _scale_gradients)
-
-
-def _logits(hidden_BTD: jax.Array, output_DV: jax.Array) -> jax.Array:
-    return jnp.einsum("BTD,DV->BTV", hidden_BTD, output_DV, preferred_element_type=jnp.float32)
 
 
 def _split(*arrays: jax.Array) -> tuple[jax.Array, ...]:
