@@ -73,6 +73,19 @@ def test_a_run_stopped_many_times_is_the_run_undisturbed(config, undisturbed, tm
     assert (tmp_path / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
 
 
+@pytest.mark.slow
+def test_a_run_that_is_stopped_at_every_update_is_the_run_undisturbed(config, undisturbed, tmp_path, monkeypatch):
+    for update in range(UPDATES - 1):
+        with monkeypatch.context() as patch:
+            # Before the first half of the update, or in its middle.
+            stop_at(patch, 2 * update + update % 2, kill=False)
+            assert train_on(config, tmp_path).update == update + 1
+    assert train_on(config, tmp_path).update == UPDATES
+    assert are_equal(state_of(config, tmp_path), state_of(config, undisturbed))
+    assert metrics_of(tmp_path) == metrics_of(undisturbed)
+    assert (tmp_path / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
+
+
 def test_what_decides_is_in_the_checkpoint_and_not_in_the_logs(config, undisturbed, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         stop_at(patch, 40, kill=False)

@@ -100,15 +100,23 @@ def _scale_gradients(
 _chunked_loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
+def num_pieces(length: int) -> int:
+    """Returns into how many pieces a text of `length` tokens is cut."""
+    return -(-length // _size_of_piece(length))
+
+
+def _size_of_piece(length: int) -> int:
+    return -(-length // min(_NUM_CHUNKS, length))
+
+
 def _split(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Returns arrays (B, T, ...) as equal pieces of the text (N, B, C, ...), zeros behind its end."""
     length = arrays[0].shape[1]
-    size = -(-length // min(_NUM_CHUNKS, length))
-    num_chunks = -(-length // size)
+    count, size = num_pieces(length), _size_of_piece(length)
 
     def split(array: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, num_chunks * size - length), *[(0, 0)] * (array.ndim - 2)]
-        pieces = jnp.pad(array, padding).reshape(array.shape[0], num_chunks, size, *array.shape[2:])
+        padding = [(0, 0), (0, count * size - length), *[(0, 0)] * (array.ndim - 2)]
+        pieces = jnp.pad(array, padding).reshape(array.shape[0], count, size, *array.shape[2:])
         return jnp.moveaxis(pieces, 1, 0)
 
     return tuple(split(array) for array in arrays)

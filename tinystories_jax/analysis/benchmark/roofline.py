@@ -31,7 +31,7 @@ class Roofline(NamedTuple):
     """`bound` is compute or memory, whichever takes longer; `reached` the share of that bound, above 1 where XLA's
     bytes are read from a cache. Seconds are those of one run of the program."""
 
-    counted_flops: float  # by XLA, which sees no FLOPs in calls of other libraries and a loop's body once
+    counted_flops: float  # by XLA, which sees no FLOPs in calls of other libraries
     formula_flops: float
     counted_bytes: float  # by XLA: operands and results of every operation, as if no cache held them
     compute_seconds: float  # of the larger count
@@ -55,7 +55,7 @@ def roofline(
 ) -> Roofline:
     """Returns how close a program that multiplies in `dtype` and takes `seconds` comes to its bound.
 
-    `analysis` is the compiled program's own `cost_analysis()`.
+    `analysis` holds "flops" and "bytes accessed", as the `cost_analysis()` of a compiled program.
     """
     counted_flops, counted_bytes = analysis["flops"], analysis["bytes accessed"]
     compute_seconds = max(counted_flops, formula_flops) / rates.matmul_flops_per_second[dtype].median
