@@ -175,8 +175,10 @@ def read_only(folder: Path) -> Iterator[None]:
         undo = ["chmod", "755", str(folder)]
     else:
         pytest.skip("root, to whom every folder is open, may mount nothing here")
-    yield
-    subprocess.run(undo, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(undo, check=True)
 
 
 def test_a_folder_that_turns_read_only_under_a_run(config, tmp_path, undisturbed, monkeypatch, capfd):
