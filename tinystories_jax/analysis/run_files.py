@@ -11,10 +11,10 @@ from tinystories_jax.data.folders import parse_json, read_small_file
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.results import Criterion, Score
 from tinystories_jax.training.jsonl import read_jsonl
+from tinystories_jax.training.run_folder import MAX_JSON_BYTES
 
 Interval = tuple[float, float]
 
-_MAX_JSON_BYTES = 2**26  # of the starts of a run, a hundred thousand of them
 _MOST = 1e30  # no figure of a run is larger; what is was not written by it
 
 
@@ -141,7 +141,7 @@ def _read_config(folder: Path) -> Config:
 
 def _hash_tokenizer(path: Path, problems: list[str]) -> str | None:
     try:
-        return sha256(read_small_file(path, _MAX_JSON_BYTES)).hexdigest()
+        return sha256(read_small_file(path, MAX_JSON_BYTES)).hexdigest()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -151,7 +151,7 @@ def _hash_tokenizer(path: Path, problems: list[str]) -> str | None:
 
 def _read_json(path: Path) -> Any:
     """Raises ValueError for what is none, or too large to be a run's."""
-    return parse_json(read_small_file(path, _MAX_JSON_BYTES), path.name)
+    return parse_json(read_small_file(path, MAX_JSON_BYTES), path.name)
 
 
 def _read_rows(path: Path, total_updates: int, problems: list[str]) -> list[dict[str, Any]]:

@@ -82,9 +82,7 @@ def _measure(name: str, config: Config, device: dict[str, Any], rounds: int, log
         return measure(measure_train, shapes, rows, _TRAIN_SECONDS)
     if name == "decode":
         batch_sizes = _DECODE_ROWS_ON_CPU if device["platform"] == "cpu" else _DECODE_ROWS
-        return run_in_child(
-            call_as_script, measure_decode, shapes, batch_sizes, _DECODE_SECONDS, environment=_COMPILING
-        )
+        return measure(measure_decode, shapes, batch_sizes, _DECODE_SECONDS)
     if name == "data":
         return measure_data(config, rounds, log)
     if name == "start":
