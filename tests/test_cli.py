@@ -292,6 +292,75 @@ def test_a_signal_while_the_data_is_prepared_ends_the_script_at_once(tmp_path, n
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
+SIGNALLED = """
+import gc, signal, sys, time
+from tinystories_jax import cli
+
+where, number = sys.argv.pop(), signal.Signals(int(sys.argv.pop()))
+
+class Destroyed:
+    def __del__(self):
+        signal.raise_signal(number)
+        for _ in range(100):  # handlers are called at the end of a turn
+            pass
+
+def main():
+    print("before")
+    match where:
+        case "our code":
+            signal.raise_signal(number)
+        case "while an object is destroyed":
+            Destroyed()
+        case "in a callback of JAX":
+            import jax.monitoring
+            jax.monitoring.register_event_listener(lambda event, **more: signal.raise_signal(number))
+            try:
+                jax.monitoring.record_event("one")
+            except BaseException:  # as native code does
+                pass
+        case "while a package is imported":
+            sys.path.append(str(int(number)))
+            try:
+                import signalling
+            except BaseException:
+                pass
+        case "when all is done":
+            import atexit
+            atexit.register(signal.raise_signal, number)
+            return 7
+    time.sleep(30)
+    print("went on")
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "our code",
+        "while an object is destroyed",
+        "in a callback of JAX",
+        "while a package is imported",
+        "when all is done",
+    ],
+)
+def test_a_signal_ends_a_script_wherever_it_falls(tmp_path, where, number):
+    (tmp_path / "signalling.py").write_text("import signal, sys\nsignal.raise_signal(int(sys.path[-1]))\n")
+    environment = script_environment(PYTHONPATH=f"{ROOT}:{tmp_path}")
+    result = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(int(number)), where],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=25,
+    )
+    code = 7 if where == "when all is done" else 128 + number
+    assert (result.returncode, result.stdout, result.stderr) == (code, "before\n", "")
+
+
 # ---- runs
 
 

@@ -2,11 +2,15 @@
 
 import errno
 import io
+import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -15,6 +19,9 @@ from tinystories_jax.compiled import keep_no_programs, keep_programs
 from tinystories_jax.errors import UserError
 
 _USER_EXIT = 2
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# In the path of a file that is neither ours nor of the standard library.
+_FOREIGN = ("site-packages", "dist-packages", "<frozen importlib")
 _COMPILE_CACHE_HELP = "Keep compiled programs for the next start, in ~/.cache/tinystories_jax."
 # What a full, read-only, missing or occupied place on a disk says; anything else from the system is a bug of ours.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -35,7 +42,10 @@ def run(
     `main` gets the arguments that are no flags, from `at_least` to `at_most` (None: any number) of what `positional`
     names. What a `main` that `compiles` compiles is kept for the next start; it imports JAX itself.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.unraisablehook = _end_where_dropped
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells do for what runs in the background
+            signal.signal(number, _stop)
     app.define_help_flags()
     keep_freed_memory()
     if compiles:
@@ -63,9 +73,41 @@ def run(
         code = _complain([f"{place}: {error.strerror}; make room there, or give a place that can be written"])
     except MemoryError:
         code = _complain(["this machine has too little memory for what is asked; scripts/plan.py says what it takes"])
-    except KeyboardInterrupt:
-        code = 130
+    # All is done. The interpreter takes a second to end, in which it would obey signals as if nothing were.
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
+
+
+class _StoppedError(SystemExit):
+    """A signal on its way up, past everything that tidies up behind itself."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ends the process: by an exception where one may be raised.
+
+    In the Python code of other packages, and while they are imported, it may not: native code that called it crashes,
+    or drops the exception, as JAX does now and then (1 in 15 times in its import). Nothing is lost by ending there.
+    """
+    code = 128 + number
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in _FOREIGN):
+            _end(code)
+        frame = frame.f_back
+    raise _StoppedError(code)
+
+
+def _end_where_dropped(unraisable: Any) -> None:
+    """Obeys a signal that Python has dropped, as it does with what is raised while it destroys an object."""
+    if isinstance(unraisable.exc_value, _StoppedError):
+        _end(unraisable.exc_value.code)
+    sys.__unraisablehook__(unraisable)
+
+
+def _end(code: Any) -> NoReturn:
+    with suppress(RuntimeError, OSError):  # RuntimeError: the signal came while it was being written
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _parse_flags() -> list[str]:

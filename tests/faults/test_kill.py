@@ -68,6 +68,7 @@ PHASES: dict[str, tuple[Callable[[Start], bool], float]] = {
     "start-up": (lambda start: True, 3.0),
     "tokenizer": (lambda start: start.says("^tokenizer: training"), 1.0),
     "encoding": (lambda start: start.says("^(train|validation): encoding"), 0.5),
+    "set-up": (lambda start: start.says("^stories shared"), 4.0),  # JAX is imported, the model made and compiled
     "training": (lambda start: start.says(r"^update \d+/(?s:.*)^update \d+/"), 0.3),
     "saving": (lambda start: start.says(r"^update \d+/") and start.saves(), 0.05),
     "evaluation": (lambda start: start.says(r"^update \d+: validation loss"), 0.3),
@@ -216,7 +217,7 @@ ONCE = {"SIGTERM": (signal.SIGTERM,), "SIGINT": (signal.SIGINT,), "SIGINT twice"
 # Where each is sent, in order; what lies behind a run already is not done again.
 SHORT_SIGNALS = [("SIGTERM", "encoding"), ("SIGINT", "training"), ("SIGTERM", "saving"), ("SIGINT twice", "evaluation"),
                  ("SIGINT", "report")]  # fmt: skip
-PHASES_TO_STOP = ("tokenizer", "encoding", "training", "saving", "evaluation", "report")
+PHASES_TO_STOP = ("tokenizer", "encoding", "set-up", "training", "saving", "evaluation", "report")
 WHOLE_SIGNALS = [(name, phase) for phase in PHASES_TO_STOP for name in ONCE]
 
 
