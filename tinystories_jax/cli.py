@@ -44,8 +44,7 @@ def run(
     """
     sys.unraisablehook = _end_where_dropped
     for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells do for what runs in the background
-            signal.signal(number, _stop)
+        signal.signal(number, _stop)
     app.define_help_flags()
     keep_freed_memory()
     if compiles:
