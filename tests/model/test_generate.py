@@ -46,6 +46,23 @@ def test_greedy_equals_repeated_full_forwards_for_unequal_prompts(params):
     assert write(params, temperature=0.0) == [greedy_by_full_forward(params, prompt, 12) for prompt in PROMPTS]
 
 
+def test_texts_outgrow_the_first_cache(params):
+    """With all slots from the start they are the same, also where chunks end within a cache, at its end and behind."""
+    limits = {"end_token": -1, "context_length": 220, "max_new_tokens": 200}
+    prompts = [[0, 5, 9, 33], [0]]
+    texts = write(params, prompts, temperature=0.0, **limits)
+    assert [len(text) for text in texts] == [204, 201]
+    for text, prompt in zip(texts, prompts, strict=True):
+        padded = jnp.array([text + [0] * (220 - len(text))])
+        greedy = FORWARD(params, padded, CONFIG)[0].argmax(axis=-1)[len(prompt) - 1 : len(text) - 1]
+        assert text[len(prompt) :] == greedy.tolist()
+    for chunk_size in (50, 64, 128):
+        *_, last = generate_chunks(
+            params, prompts, CONFIG, Sampling(temperature=0), key=jax.random.key(0), chunk_size=chunk_size, **limits
+        )
+        assert last == texts
+
+
 def test_a_row_is_the_same_alone_and_in_a_batch(params):
     together = write(params, temperature=1.0)
     alone = [
@@ -98,6 +115,34 @@ def allowed_tokens(logits, **changes):
     return np.bincount(drawn_B, minlength=len(logits)) / 4000
 
 
+@pytest.mark.parametrize("vocab_size", [1, 2, 97, 10_000])
+def test_draws_follow_the_softmax(vocab_size):
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.standard_normal(vocab_size).astype(np.float32)
+    logits[1::3] = -np.inf
+    num_draws = 20_000
+    draw = jax.jit(lambda keys_B: generate_module._draw_index(keys_B, jnp.broadcast_to(logits, (1000, vocab_size))))
+    keys = jax.random.split(jax.random.key(1), num_draws).reshape(-1, 1000)
+    drawn = np.concatenate([draw(keys_B) for keys_B in keys])
+    counts = np.bincount(drawn, minlength=vocab_size)
+    expected = num_draws * np.asarray(jax.nn.softmax(logits.astype(np.float64)))
+    assert counts[np.isneginf(logits)].sum() == 0
+    # Tokens that are expected less than 20 times are counted as one; 5 standard deviations.
+    often = expected >= 20
+    observed = np.append(counts[often], counts[~often].sum())
+    expected = np.append(expected[often], expected[~often].sum())
+    assert (np.abs(observed - expected) <= 5 * np.sqrt(expected) + 1e-9).all()
+    statistic = ((observed - expected)[expected > 0] ** 2 / expected[expected > 0]).sum()
+    freedom = max((expected > 0).sum() - 1, 1)
+    assert statistic <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_the_ends_of_the_running_sum_are_never_overrun():
+    weights = jnp.array([[0.0, 1e-30, 3.0, 0.0, 1e8, 0.0]])
+    for target, index in ((0.0, 1), (1e-31, 1), (2.0, 2), (1e8, 4), (2e8, 4)):
+        assert generate_module._choose(weights, jnp.array([target]))[0] == index
+
+
 def test_top_k_and_top_p_keep_just_the_likeliest():
     logits = np.log([0.1, 0.5, 0.15, 0.25])
     np.testing.assert_allclose(allowed_tokens(logits), [0.1, 0.5, 0.15, 0.25], atol=0.03)
@@ -138,9 +183,10 @@ def test_prompt_lengths_and_sampling_values_compile_a_handful_of_programs(params
     assert programs._decode_until._cache_size() <= 2
 
 
-def test_the_cache_is_written_in_place(params):
-    """A copy of it for every token would be most of the time that a token takes."""
-    batch_size, cache_length = 3, 160
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_cache_is_written_in_place(params, batch_size):
+    """Copies of it for every token would be a large part of the time that a token takes."""
+    cache_length = 160
     state = generate_module.DecodeState(
         jnp.zeros((batch_size, 48), jnp.int32),
         jnp.ones(batch_size, jnp.int32),
@@ -162,7 +208,7 @@ def test_the_cache_is_written_in_place(params):
         for loop in loops
         if not loop.startswith("ENTRY")
         for line in loop.splitlines()
-        if re.search(rf"= f32\[{batch_size},2,(8,{cache_length}|{cache_length},8)\]\S* copy\(", line)
+        if re.search(rf"= f32\[[\d,]*(8,{cache_length}|{cache_length},8)\]\S* copy\(", line)
     ]
     assert copies == []
 

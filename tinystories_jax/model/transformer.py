@@ -23,14 +23,16 @@ _INIT_STD = 0.02
 _INIT_OWN_SHARE = 0.03
 _NORM_EPSILON = 1e-5
 _NUM_QUERY_BLOCKS = 4
+_NUM_PARTS = 4
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer. Slots stand last in keys and inner in values: the layouts that the two products of
-    a decode step read in order."""
+    a decode step read in order. Rows and heads are one axis N = B x G, since XLA copies a cache with an axis of length
+    1 before it writes into it, and one row is what is written most."""
 
-    keys_BGKS: jax.Array
-    values_BGSK: jax.Array
+    keys_NKS: jax.Array
+    values_NSK: jax.Array
 
 
 class KVCache(NamedTuple):
@@ -88,17 +90,15 @@ def prefill(
     """
     model = _bind(params, config)
     hidden_BTD, keys_and_values = model.hidden(tokens_BT)
-    padding = cache_length - tokens_BT.shape[1]
     layers = [
-        LayerCache(
-            keys_BGKS=jnp.pad(jnp.transpose(keys_BTGK, (0, 2, 3, 1)), ((0, 0), (0, 0), (0, 0), (0, padding))),
-            values_BGSK=jnp.pad(jnp.transpose(values_BTGK, (0, 2, 1, 3)), ((0, 0), (0, 0), (0, padding), (0, 0))),
-        )
+        LayerCache(_join_heads(jnp.transpose(keys_BTGK, (0, 2, 3, 1))), _join_heads(jnp.swapaxes(values_BTGK, 1, 2)))
         for keys_BTGK, values_BTGK in keys_and_values
     ]
-    seen_BS = jnp.arange(cache_length)[None] < lengths_B[:, None]
+    prompt_length = tokens_BT.shape[1]
+    seen_BS = jnp.arange(prompt_length)[None] < lengths_B[:, None]
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return logits(last_BD, model.output_matrix()), KVCache(layers, seen_BS, jnp.int32(tokens_BT.shape[1]))
+    cache = grow_kv_cache(KVCache(layers, seen_BS, jnp.int32(prompt_length)), cache_length)
+    return logits(last_BD, model.output_matrix()), cache
 
 
 def decode_step(
@@ -113,11 +113,22 @@ def decode_step(
     return logits(hidden_BTD[:, 0], model.output_matrix()), cache
 
 
+def grow_kv_cache(cache: KVCache, cache_length: int) -> KVCache:
+    """Returns the cache with empty slots behind the others, `cache_length` in all."""
+
+    def grow(array: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (0, cache_length - array.shape[axis])
+        return jnp.pad(array, widths)
+
+    layers = [LayerCache(grow(layer.keys_NKS, 2), grow(layer.values_NSK, 1)) for layer in cache.layers]
+    return cache._replace(layers=layers, seen_BS=grow(cache.seen_BS, 1))
+
+
 def init_kv_cache(config: ModelConfig, batch_size: int, cache_length: int) -> KVCache:
     """Returns an empty cache, in the activations' dtype."""
-    shape = (batch_size, config.num_kv_heads, config.head_dim, cache_length)
-    keys_BGKS = jnp.zeros(shape, config.dtype)
-    layers = [LayerCache(keys_BGKS, jnp.swapaxes(keys_BGKS, 2, 3)) for _ in range(config.num_layers)]
+    keys_NKS = jnp.zeros((batch_size * config.num_kv_heads, config.head_dim, cache_length), config.dtype)
+    layers = [LayerCache(keys_NKS, jnp.swapaxes(keys_NKS, 1, 2)) for _ in range(config.num_layers)]
     return KVCache(layers, jnp.zeros((batch_size, cache_length), bool), jnp.int32(0))
 
 
@@ -262,19 +273,17 @@ class Attention(nnx.Module):
         cache: LayerCache,
     ) -> tuple[jax.Array, LayerCache]:
         queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation)
-        cache = _write(cache, keys_BTGK[:, 0], values_BTGK[:, 0], slot)
-        batch_size = hidden_BTD.shape[0]
-        groups = (batch_size, self.config.num_kv_heads, -1, self.config.head_dim)
+        cache = _write(cache, _join_heads(keys_BTGK[:, 0]), _join_heads(values_BTGK[:, 0]), slot)
+        batch_size, num_kv_heads = hidden_BTD.shape[0], self.config.num_kv_heads
         # R query heads share a key/value head; they stand next to each other, as in Llama.
-        queries_BGRK = queries_BTHK[:, 0].reshape(groups)
-        scores_BGRS = jnp.einsum(
-            "BGRK,BGKS->BGRS", queries_BGRK, cache.keys_BGKS, preferred_element_type=jnp.float32
-        ) * (self.config.head_dim**-0.5)
-        scores_BGRS = jnp.where(seen_BS[:, None, None], scores_BGRS, -jnp.inf)
+        queries_NRK = queries_BTHK.reshape(batch_size * num_kv_heads, -1, self.config.head_dim)
+        scores_NRS = jnp.einsum("NRK,NKS->NRS", queries_NRK, cache.keys_NKS, preferred_element_type=jnp.float32)
+        seen_NS = jnp.repeat(seen_BS, num_kv_heads, axis=0)
+        scores_NRS = jnp.where(seen_NS[:, None], scores_NRS * self.config.head_dim**-0.5, -jnp.inf)
         # Softmax in float32: bf16 has 8 significant bits, and the tail is what sampling draws from.
-        weights_BGRS = jax.nn.softmax(scores_BGRS, axis=-1).astype(hidden_BTD.dtype)
-        attended_BGRK = jnp.einsum("BGRS,BGSK->BGRK", weights_BGRS, cache.values_BGSK)
-        return self._output(attended_BGRK.reshape(batch_size, 1, self.config.num_heads, self.config.head_dim)), cache
+        weights_NRS = jax.nn.softmax(scores_NRS, axis=-1).astype(hidden_BTD.dtype)
+        attended_NRK = jnp.einsum("NRS,NSK->NRK", weights_NRS, cache.values_NSK)
+        return self._output(attended_NRK.reshape(batch_size, 1, self.config.num_heads, self.config.head_dim)), cache
 
     def _project(
         self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]
@@ -284,7 +293,7 @@ class Attention(nnx.Module):
         return _rotate(queries.reshape(heads), rotation), _rotate(keys.reshape(heads), rotation), values.reshape(heads)
 
     def _output(self, attended_BTHK: jax.Array) -> jax.Array:
-        return self.o_proj(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1))
+        return _fused_linear(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1), self.o_proj)[0]
 
 
 class FeedForward(nnx.Module):
@@ -297,7 +306,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
         gate_BTF, up_BTF = _fused_linear(hidden_BTD, self.gate_proj, self.up_proj)
-        return self.down_proj(jax.nn.silu(gate_BTF) * up_BTF)
+        return _fused_linear(jax.nn.silu(gate_BTF) * up_BTF, self.down_proj)[0]
 
 
 def _run_layer(layer: DecoderLayer, *arguments: Any) -> Any:
@@ -330,7 +339,19 @@ def _fused_linear(hidden_BTD: jax.Array, *layers: nnx.Linear) -> list[jax.Array]
     """Returns each layer's output from one matrix product: fewer, larger products, and `hidden_BTD` is read once."""
     kernels = [layer.kernel[...].astype(hidden_BTD.dtype) for layer in layers]
     splits = [sum(kernel.shape[1] for kernel in kernels[: index + 1]) for index in range(len(kernels) - 1)]
-    return jnp.split(hidden_BTD @ jnp.concatenate(kernels, axis=1), splits, axis=-1)
+    return jnp.split(_multiply(hidden_BTD, jnp.concatenate(kernels, axis=1)), splits, axis=-1)
+
+
+def _multiply(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Returns rows (..., D) times a matrix (D, F)."""
+    width_in, width_out = matrix.shape
+    if rows.size != width_in or width_in % _NUM_PARTS or jax.default_backend() != "cpu":
+        return rows @ matrix
+    # A single row, as when one text is written. XLA's CPU backend goes through such a matrix in one thread, at half of
+    # the rate at which memory could give it; several products at once it spreads over the threads.
+    parts = (_NUM_PARTS, width_in // _NUM_PARTS)
+    products = jnp.einsum("PD,PDF->PF", rows.reshape(parts), matrix.reshape(*parts, width_out))
+    return products.sum(axis=0).reshape(*rows.shape[:-1], width_out)
 
 
 def uses_flash_attention(config: ModelConfig, device: Any) -> bool:
@@ -384,9 +405,14 @@ def _rotate(heads_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax
     return rotated.astype(heads_BTHK.dtype)
 
 
-def _write(cache: LayerCache, keys_BGK: jax.Array, values_BGK: jax.Array, slot: jax.Array) -> LayerCache:
+def _join_heads(heads: jax.Array) -> jax.Array:
+    """Returns (B, G, ...) as (B x G, ...)."""
+    return heads.reshape(-1, *heads.shape[2:])
+
+
+def _write(cache: LayerCache, keys_NK: jax.Array, values_NK: jax.Array, slot: jax.Array) -> LayerCache:
     """Returns the cache with one token a row in `slot`; in place in a loop, or when the cache is donated."""
     return LayerCache(
-        keys_BGKS=jax.lax.dynamic_update_slice_in_dim(cache.keys_BGKS, keys_BGK[..., None], slot, axis=3),
-        values_BGSK=jax.lax.dynamic_update_slice_in_dim(cache.values_BGSK, values_BGK[:, :, None], slot, axis=2),
+        keys_NKS=jax.lax.dynamic_update_slice_in_dim(cache.keys_NKS, keys_NK[..., None], slot, axis=2),
+        values_NSK=jax.lax.dynamic_update_slice_in_dim(cache.values_NSK, values_NK[:, None], slot, axis=1),
     )
