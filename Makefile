@@ -1,6 +1,6 @@
 # make quickstart: from a clean clone to printed stories. make test: the whole suite. make check: lint, types, tests.
-# make faults: every fault in full (kills, damage, full disks, odd input, a long run), with a tally; an hour or two on two
-# cores, most of it for more than a hundred kills.
+# make faults: every fault in full (kills, damage, full disks, odd input, a long run), with a tally; a quarter of an hour on
+# two quiet cores, most of it for more than a hundred kills.
 PYTHON ?= python3
 VENV ?= .venv
 # The CUDA 12 wheels where the driver shows a GPU, the CPU wheels elsewhere; override with REQUIREMENTS=requirements.txt.

@@ -86,7 +86,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """Ends the process: by an exception where one may be raised.
 
     In the Python code of other packages, and while they are imported, it may not: native code that called it crashes,
-    or drops the exception, as JAX does now and then (1 in 15 times in its import). Nothing is lost by ending there.
+    or drops the exception, as was seen with JAX. Nothing is lost by ending there.
     """
     code = 128 + number
     while frame is not None:

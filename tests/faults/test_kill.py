@@ -72,7 +72,7 @@ PHASES: dict[str, tuple[Callable[[Start], bool], float]] = {
     "training": (lambda start: start.says(r"^update \d+/(?s:.*)^update \d+/"), 0.3),
     "saving": (lambda start: start.says(r"^update \d+/") and start.saves(), 0.05),
     "evaluation": (lambda start: start.says(r"^update \d+: validation loss"), 0.3),
-    "report": (lambda start: start.says(rf"^update {NUM_UPDATES} of {NUM_UPDATES} "), 1.5),
+    "report": (lambda start: start.says(rf"^update {NUM_UPDATES} of {NUM_UPDATES} "), 0.5),
 }
 # In the order in which a run comes by; each kind of phase as often as said.
 SHORT = [{"start-up": 1, "tokenizer": 1}, {"encoding": 1}, {"training": 2, "saving": 2, "evaluation": 2}, {"report": 1}]
