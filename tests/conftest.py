@@ -1,12 +1,16 @@
 """What all tests share. JAX is never imported here: the tests of data/ show that data/ does without it."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Read by JAX when it is imported: an array that silently gains an axis is a fault.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+# Where the tests run in the background of a shell script SIGINT is ignored, and would be by every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -203,8 +204,8 @@ def test_each_update_is_logged_exactly_once_with_what_falls_due(finished):
         assert set(row) - set(TIMES) == every_row | (scores if evaluated else set())
         assert row["tokens"] == row["update"] * BLOCKS_PER_UPDATE * CONTEXT
         assert row["epoch"] == pytest.approx(row["update"] * BLOCKS_PER_UPDATE / blocks)
-        # A share of no needed article is null.
-        assert all(math.isfinite(row[key]) for key in set(row) - {"train/mfu", "samples/articles"})
+        # A share of nothing is null: what is written here may need no article and have no sentence.
+        assert all(math.isfinite(row[key]) for key in set(row) - {"train/mfu", "samples/articles", "samples/grammar"})
     assert all(set(TIMES) <= set(row) for row in rows if row["update"] % EVAL_EVERY == 0)
 
 
@@ -295,7 +296,8 @@ def test_the_same_flags_write_the_stories_of_the_run_streamed_or_not(finished, p
         result = place.sample(*flags, *more)
         assert result.returncode == 0, result.stderr
         assert f"checkpoint of update {last} " in result.stderr
-        assert result.stdout == SEPARATOR.join(written) + "\n"
+        # Read as text, any end of a line is a line feed, and such a model writes all of them.
+        assert result.stdout == re.sub("\r\n?", "\n", SEPARATOR.join(written)) + "\n"
 
 
 def test_greedy_writes_the_same_story_twice_and_it_begins_with_the_prompt(finished, place):
@@ -401,7 +403,12 @@ def test_an_interrupted_run_goes_on_to_the_very_same_end(finished, place, tmp_pa
     )
     result = moved.train(workdir, f"--config.tokenizer.path={finished / 'tokenizer'}", "--config.sample.prompts=('x',)")
     assert result.returncode == 0, result.stderr
-    assert metrics_of(workdir) == metrics_of(finished)
+    # The prompts were others, and so are the scores of what was written.
+    learnt, expected = (
+        [{key: value for key, value in row.items() if not key.startswith("samples/")} for row in metrics_of(run)]
+        for run in (workdir, finished)
+    )
+    assert learnt == expected
     assert parameter_bytes(workdir) == parameter_bytes(finished)
     assert checkpoints_of(workdir) == checkpoints_of(finished)
     assert len(starts_of(workdir)) == 3
