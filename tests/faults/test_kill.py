@@ -105,7 +105,9 @@ class Place:
     ) -> int:
         """Runs the command until it ends, with signals from a random moment of the phase on; returns its exit code."""
         environment = script_environment(
-            JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+            JAX_COMPILATION_CACHE_DIR=str(self.folder / "compiled"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            PYTHONUNBUFFERED="1",  # each line is seen when it is written
         )
         process = subprocess.Popen(
             self.command(life),
