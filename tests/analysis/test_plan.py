@@ -84,7 +84,7 @@ def test_figures_of_the_recipe(top10k):
     assert top10k.flops.per_token_flops == pytest.approx(146.1e6, rel=1e-3)
     assert top10k.flops.training_flops == pytest.approx(3.4e17, rel=0.02)
     assert (top10k.work.tokens_per_micro_batch, top10k.work.tokens_per_update) == (32_768, 131_072)
-    assert top10k.state.max_checkpoints == 2 + 1 + 5
+    assert top10k.state.max_checkpoints == 2 + 1 + 1 + 5
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
@@ -111,7 +111,7 @@ def test_state_is_as_large_as_the_real_one():
     assert size.parameters_bytes == size.accumulated_gradient_bytes == 4 * num_params(config.model)
     assert 0 <= size.moments_bytes - 2 * size.parameters_bytes < 64
     assert size.total_bytes == checkpoint_bytes(config)
-    assert size.max_checkpoints_bytes == (2 + 1 + 4) * size.total_bytes
+    assert size.max_checkpoints_bytes == (2 + 1 + 1 + 4) * size.total_bytes
     assert count_state(config, UNKNOWN).max_checkpoints_bytes is None
 
 

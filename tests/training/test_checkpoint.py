@@ -28,7 +28,11 @@ def tokenizer() -> StoryTokenizer:
 @pytest.fixture(name="config")
 def make_config(tokenizer) -> Config:
     config = make_tiny_config()
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
+        checkpoint=dataclasses.replace(config.checkpoint, every=1),
+    )
 
 
 def meta_at(update: int, config: Config, tokenizer: StoryTokenizer) -> Meta:
@@ -81,6 +85,17 @@ def test_the_whole_state_comes_back_bit_for_bit(tmp_path, config, tokenizer):
             assert jax.tree.structure(state) == jax.tree.structure(fresh)
             history = History((), (5.0, 4.0), 1.5 * update)
             assert meta == dataclasses.replace(meta_at(update, config, tokenizer), history=history)
+
+
+def test_the_checkpoint_of_a_stop_goes_when_the_run_has_gone_on(tmp_path, config, tokenizer):
+    # Due are the even ones, the end of an epoch, 5, and 7, which improves; 3 and 9 are saved by a stop alone.
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=2, keep=2))
+    save_run(tmp_path, config, tokenizer, {1: None, 2: None, 3: None})
+    assert kept(tmp_path) == [2, 3]
+    save_run(tmp_path, config, tokenizer, {4: 5.0, 5: None, 6: None, 7: 4.0, 8: None, 9: 4.5})
+    assert kept(tmp_path) == [5, 7, 8, 9]
+    save_run(tmp_path, config, tokenizer, {10: None})
+    assert kept(tmp_path) == [5, 7, 8, 10]
 
 
 def test_latest_best_and_epochs_are_kept_also_after_a_restart(tmp_path, config, tokenizer):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run (orbax): the latest, the best by validation loss, one per epoch.
+"""Checkpoints of a run (orbax): the latest ones, the best by validation loss, one per epoch.
 
 A checkpoint is the folder WORKDIR/checkpoints/UPDATE with three parts: `params`; `training` (optimizer state and
 micro-step); `meta` (all else, with checksums of everything: see meta.py). Only committed checkpoints are ever seen, and
@@ -54,19 +54,10 @@ class Checkpoints:
     """Saves and restores the checkpoints of one run under way; a context manager that waits for the last save."""
 
     def __init__(self, workdir: Path, config: Config):
-        assert config.schedule is not None
         self.folder = (workdir / "checkpoints").absolute()
         self._workdir = workdir
-        self._best = _KeepBest()
-        policies = [
-            checkpoint_managers.LatestN(config.checkpoint.keep),
-            self._best,
-            checkpoint_managers.CustomSteps(config.schedule.epoch_ends),
-        ]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,
-        )
+        self._kept = _Kept(config)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
         require_own_files(workdir)
         with self._explain():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +98,7 @@ class Checkpoints:
                 "before are intact: make room and run the same command again"
             )
         with self._explain():
-            self._best.evaluations = meta.history.evaluations
+            self._kept.evaluations = meta.history.evaluations
             self._manager.save(
                 meta.update,
                 args=ocp.args.Composite(
@@ -138,7 +129,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Returns the update of the best validation loss among the kept checkpoints, None when none was evaluated."""
-        return best_of(self._best.evaluations, self._manager.all_steps())
+        return best_of(self._kept.evaluations, self._manager.all_steps())
 
     def restore_latest(self, like: TrainState, now: Meta) -> tuple[TrainState, Meta] | None:
         """Returns the newest sound state, laid out as `like`, and what stands beside it; None without a checkpoint.
@@ -156,7 +147,7 @@ class Checkpoints:
             self._set_aside(damaged, update)
             if changes := environment_changes(meta.environment, now.environment):
                 warn(f"since update {update} has changed: {', '.join(changes)}; the last digits of results may, too")
-            self._best.evaluations = meta.history.evaluations
+            self._kept.evaluations = meta.history.evaluations
             return state, meta
         if damaged:
             raise UserError(
@@ -191,15 +182,32 @@ def best_of(evaluations: Sequence[Evaluation], updates: Collection[int]) -> int 
     return min(kept, key=lambda evaluation: evaluation.loss).update if kept else None
 
 
-class _KeepBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the best checkpoint by the run's own history: orbax's metrics have no checksum."""
+def is_due(update: int, config: Config) -> bool:
+    """Says whether a run that nobody stops saves after `update`, whatever an evaluation there says."""
+    schedule = config.schedule
+    assert schedule is not None
+    return update % config.checkpoint.every == 0 or update in (schedule.total_updates, *schedule.epoch_ends)
 
-    def __init__(self):
+
+class _Kept(checkpoint_managers.PreservationPolicy):
+    """Keeps the latest checkpoint, the last `checkpoint.keep` ones that a run which nobody stops has, the best of all,
+    and one per epoch. What a stopped run saved between goes when it has gone on: in the end there is what would have
+    been. Best is what the run's own history says: orbax's metrics have no checksum."""
+
+    def __init__(self, config: Config):
+        self._config = config
         self.evaluations: Sequence[Evaluation] = ()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = best_of(self.evaluations, {checkpoint.step for checkpoint in checkpoints})
-        return [checkpoint.step == best for checkpoint in checkpoints]
+        assert self._config.schedule is not None
+        updates = [checkpoint.step for checkpoint in checkpoints]
+        due = sorted(update for update in updates if is_due(update, self._config) or self._improved(update))
+        kept = {max(updates), *due[-self._config.checkpoint.keep :], *self._config.schedule.epoch_ends}
+        kept.add(best_of(self.evaluations, updates))
+        return [update in kept for update in updates]
+
+    def _improved(self, update: int) -> bool:
+        return best_of(self.evaluations, range(update + 1)) == update
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -210,9 +218,9 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def max_checkpoints(config: Config) -> int:
-    """Returns how many checkpoints a run can end with: the latest ones, the best, and one per epoch."""
+    """Returns how many checkpoints a run can hold: the latest ones, that of a stop, the best, and one per epoch."""
     assert config.schedule is not None
-    return config.checkpoint.keep + 1 + len(config.schedule.epoch_ends)
+    return config.checkpoint.keep + 2 + len(config.schedule.epoch_ends)
 
 
 def finished_updates(checkpoints: Path) -> list[int]:

@@ -34,7 +34,7 @@ from tinystories_jax.evaluation.samples import check_prompts, write_stories
 from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params, num_params, uses_flash_attention
-from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, max_checkpoints
+from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.jsonl import JsonLines
 from tinystories_jax.training.memory import fitting_micro_batch, is_out_of_memory
@@ -102,7 +102,6 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
     article_mask_V = article_mask(data.tokenizer.article_ids, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config)
     train_step = make_train_step(config, optimizer)
-    epoch_ends = frozenset(schedule.epoch_ends)
     micro_steps = config.train.grad_accum_steps
 
     with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
@@ -124,9 +123,8 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
                         logs.metrics.write(_look(meter, logs, checkpoints))
                     meter.add(metrics)
                 update += 1
-                last = update == schedule.total_updates
-                evaluates = last or update % config.eval.every == 0
-                saves = last or update % config.checkpoint.every == 0 or update in epoch_ends
+                evaluates = update == schedule.total_updates or update % config.eval.every == 0
+                saves = is_due(update, config)
                 if not (evaluates or saves):
                     continue
                 rows = _look(meter, logs, checkpoints)
