@@ -121,7 +121,8 @@ def test_draws_follow_the_softmax(vocab_size):
     logits = 3 * rng.standard_normal(vocab_size).astype(np.float32)
     logits[1::3] = -np.inf
     num_draws = 20_000
-    draw = jax.jit(lambda keys_B: generate_module._draw_index(keys_B, jnp.broadcast_to(logits, (1000, vocab_size))))
+    weights = jnp.broadcast_to(jax.nn.softmax(logits), (1000, vocab_size))
+    draw = jax.jit(lambda keys_B: generate_module._draw_index(keys_B, weights))
     keys = jax.random.split(jax.random.key(1), num_draws).reshape(-1, 1000)
     drawn = np.concatenate([draw(keys_B) for keys_B in keys])
     counts = np.bincount(drawn, minlength=vocab_size)

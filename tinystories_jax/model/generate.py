@@ -130,37 +130,45 @@ def generate_chunks(
     _check_prompts(lengths, context_length, max_new_tokens)
     # The compiled programs depend on batch size and bucket only, never on the prompts' lengths.
     prompt_bucket = _bucket(int(lengths.max()), context_length)
-    # Every step takes a slot of the cache behind the prompts. A step reads all slots, so there are not many from the
-    # start: when they are full there are twice as many, until the last token has one.
-    room, most_room = _SMALLEST_ROOM, -(-min(max_new_tokens, context_length) // _SMALLEST_ROOM) * _SMALLEST_ROOM
     tokens_BT = np.zeros((len(prompts), prompt_bucket), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
+    row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(prompts)))
+    draw, filters = _trace_sampling(sampling, config.vocab_size)
+    common = {"row_keys_B": row_keys_B, "draw": draw, "config": config, "filters": filters, "end_token": end_token}
+    # Every step takes a slot of the cache behind the prompts, and reads all slots. So there are few at the start, and
+    # twice as many when they are full, until the last token has one.
+    max_new_tokens = min(max_new_tokens, context_length)
+    room, most_room = _SMALLEST_ROOM, -(-max_new_tokens // _SMALLEST_ROOM) * _SMALLEST_ROOM
+    state = _start(
+        params, tokens_BT, lengths, context_length=context_length, cache_length=prompt_bucket + room, **common
+    )
+    for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
+        while room < until:
+            state = _decode_until(params, state, np.int32(room), **common)
+            room = min(2 * room, most_room)
+            state = _grow(state, cache_length=prompt_bucket + room)
+        state = _decode_until(params, state, np.int32(until), **common)
+        tokens, ends, finished = jax.device_get((state.tokens_BT, state.lengths_B, state.finished_B))
+        yield [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
+        if finished.all():
+            return
+
+
+def _trace_sampling(sampling: Sampling, vocab_size: int) -> tuple[_Draw, _Filters]:
+    """Returns the values that a compiled program takes, and what is compiled into it."""
     draw = _Draw(
         jnp.float32(max(sampling.temperature, 1e-6)),
-        jnp.int32(sampling.top_k or config.vocab_size),
+        jnp.int32(sampling.top_k or vocab_size),
         jnp.float32(sampling.top_p),
         jnp.float32(sampling.repetition_penalty),
     )
     filters = _Filters(
         greedy=sampling.temperature == 0,
-        truncate=0 < sampling.top_k < config.vocab_size or sampling.top_p < 1,
+        truncate=0 < sampling.top_k < vocab_size or sampling.top_p < 1,
         penalize=sampling.repetition_penalty != 1,
     )
-    row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(prompts)))
-    static = {"config": config, "filters": filters, "end_token": end_token}
-    lengths_of_arrays = {"context_length": context_length, "cache_length": prompt_bucket + room}
-    state = _start(params, tokens_BT, lengths, row_keys_B, draw, **lengths_of_arrays, **static)
-    for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
-        while room < min(until, most_room):
-            state = _decode_until(params, state, np.int32(room), row_keys_B, draw, **static)
-            room = min(2 * room, most_room)
-            state = _grow(state, cache_length=prompt_bucket + room)
-        state = _decode_until(params, state, np.int32(until), row_keys_B, draw, **static)
-        tokens, ends, finished = jax.device_get((state.tokens_BT, state.lengths_B, state.finished_B))
-        yield [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
-        if finished.all():
-            return
+    return draw, filters
 
 
 @functools.partial(jax.jit, static_argnames=("config", "filters", "end_token", "context_length", "cache_length"))
@@ -242,29 +250,26 @@ def _sample(
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / draw.temperature
     if not filters.truncate:
-        return _draw_index(keys_B, logits_BV)
+        return _draw_index(keys_B, jax.nn.softmax(logits_BV, axis=-1))
     # Drawing among the sorted tokens needs no scatter back, and ties cannot let a k + 1st token in.
     vocab_size = logits_BV.shape[1]
     sorted_BV, order_BV = jax.lax.top_k(logits_BV, vocab_size)
     sorted_BV = jnp.where(jnp.arange(vocab_size)[None] < draw.top_k, sorted_BV, -jnp.inf)
     probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
     mass_before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    sorted_BV = jnp.where(mass_before_BV < draw.top_p, sorted_BV, -jnp.inf)
-    ranks_B = _draw_index(keys_B, sorted_BV)
+    ranks_B = _draw_index(keys_B, jnp.where(mass_before_BV < draw.top_p, probabilities_BV, 0))
     return jnp.take_along_axis(order_BV, ranks_B[:, None], axis=1)[:, 0]
 
 
-def _draw_index(keys_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    """Returns an int32 index per row, drawn from the softmax of the logits; one of -inf is never drawn.
+def _draw_index(keys_B: jax.Array, weights_BV: jax.Array) -> jax.Array:
+    """Returns an int32 index per row, drawn in proportion to the weights; one of weight 0 is never drawn.
 
-    By one random number a row and the running sum of the probabilities, where Gumbel noise takes a random number for
-    every token: on a CPU a tenth to a fifth of a step of 32 rows. First a block of tokens is chosen, then one of them.
+    By one random number a row and the running sum of the weights, where Gumbel noise takes a random number for every
+    token: on a CPU a tenth to a fifth of a step of 32 rows. First a block of tokens is chosen, then one of them.
     """
-    batch_size, vocab_size = logits_BV.shape
+    batch_size, vocab_size = weights_BV.shape
     block = math.isqrt(vocab_size - 1) + 1
-    weights_BV = jnp.exp(logits_BV - logits_BV.max(axis=-1, keepdims=True))
-    weights_BV = jnp.pad(weights_BV, ((0, 0), (0, -vocab_size % block)))
-    blocks_BNM = weights_BV.reshape(batch_size, -1, block)
+    blocks_BNM = jnp.pad(weights_BV, ((0, 0), (0, -vocab_size % block))).reshape(batch_size, -1, block)
     sums_BN = blocks_BNM.sum(axis=-1)
     targets_B = jax.vmap(jax.random.uniform)(keys_B) * sums_BN.sum(axis=-1)
     chosen_B, before_B = _choose(sums_BN, targets_B)

@@ -188,9 +188,10 @@ class Transformer(nnx.Module):
         rotation = _rotation(positions_B[:, None], self.config)
         slot = cache.next_slot
         seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.seen_BS, jnp.ones_like(tokens_BT, bool), slot, axis=1)
+        seen_NS = jnp.repeat(seen_BS, self.config.num_kv_heads, axis=0)
         new_layers = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden_BTD, layer_cache = layer.cached(hidden_BTD, rotation, slot, seen_BS, layer_cache)
+            hidden_BTD, layer_cache = layer.cached(hidden_BTD, rotation, slot, seen_NS, layer_cache)
             new_layers.append(layer_cache)
         return self.norm(hidden_BTD), KVCache(new_layers, seen_BS, slot + 1)
 
@@ -228,10 +229,10 @@ class DecoderLayer(nnx.Module):
         hidden_BTD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         slot: jax.Array,
-        seen_BS: jax.Array,
+        seen_NS: jax.Array,
         cache: LayerCache,
     ) -> tuple[jax.Array, LayerCache]:
-        attended_BTD, cache = self.self_attn.cached(self.input_layernorm(hidden_BTD), rotation, slot, seen_BS, cache)
+        attended_BTD, cache = self.self_attn.cached(self.input_layernorm(hidden_BTD), rotation, slot, seen_NS, cache)
         hidden_BTD = hidden_BTD + attended_BTD
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD)), cache
 
@@ -269,21 +270,19 @@ class Attention(nnx.Module):
         hidden_BTD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         slot: jax.Array,
-        seen_BS: jax.Array,
+        seen_NS: jax.Array,
         cache: LayerCache,
     ) -> tuple[jax.Array, LayerCache]:
         queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation)
         cache = _write(cache, _join_heads(keys_BTGK[:, 0]), _join_heads(values_BTGK[:, 0]), slot)
-        batch_size, num_kv_heads = hidden_BTD.shape[0], self.config.num_kv_heads
         # R query heads share a key/value head; they stand next to each other, as in Llama.
-        queries_NRK = queries_BTHK.reshape(batch_size * num_kv_heads, -1, self.config.head_dim)
+        queries_NRK = queries_BTHK.reshape(cache.keys_NKS.shape[0], -1, self.config.head_dim)
         scores_NRS = jnp.einsum("NRK,NKS->NRS", queries_NRK, cache.keys_NKS, preferred_element_type=jnp.float32)
-        seen_NS = jnp.repeat(seen_BS, num_kv_heads, axis=0)
         scores_NRS = jnp.where(seen_NS[:, None], scores_NRS * self.config.head_dim**-0.5, -jnp.inf)
         # Softmax in float32: bf16 has 8 significant bits, and the tail is what sampling draws from.
         weights_NRS = jax.nn.softmax(scores_NRS, axis=-1).astype(hidden_BTD.dtype)
         attended_NRK = jnp.einsum("NRS,NSK->NRK", weights_NRS, cache.values_NSK)
-        return self._output(attended_NRK.reshape(batch_size, 1, self.config.num_heads, self.config.head_dim)), cache
+        return self._output(attended_NRK.reshape(queries_BTHK.shape)), cache
 
     def _project(
         self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]
