@@ -293,7 +293,7 @@ def test_a_signal_while_the_data_is_prepared_ends_the_script_at_once(tmp_path, n
 
 
 SIGNALLED = """
-import gc, signal, sys, time
+import signal, sys, time
 from tinystories_jax import cli
 
 where, number = sys.argv.pop(), signal.Signals(int(sys.argv.pop()))

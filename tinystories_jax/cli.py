@@ -72,9 +72,10 @@ def run(
         code = _complain([f"{place}: {error.strerror}; make room there, or give a place that can be written"])
     except MemoryError:
         code = _complain(["this machine has too little memory for what is asked; scripts/plan.py says what it takes"])
-    # All is done. The interpreter takes a second to end, in which it would obey signals as if nothing were.
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    finally:
+        # All is done. The interpreter takes a second to end, in which a signal would change what the exit code says.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
