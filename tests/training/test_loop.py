@@ -64,8 +64,8 @@ def change_step(monkeypatch, change: Callable[[int, TrainState, StepMetrics], tu
     """Passes what each micro-step returns through `change`, with the number of the update that it is part of."""
     make_train_step = loop.make_train_step
 
-    def make_changed_step(config, optimizer):
-        step = make_train_step(config, optimizer)
+    def make_changed_step(config, optimizer, **options):
+        step = make_train_step(config, optimizer, **options)
 
         def changed_step(state, block, article_mask_V):
             update = int(state.opt_state.gradient_step) + 1

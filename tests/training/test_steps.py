@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import platform
+import re
 from typing import Any
 
 import jax
@@ -164,3 +166,43 @@ def test_the_old_state_is_donated(tiny_config):
     state, step = start(tiny_config)
     step(state, random_blocks(1)[0], NO_ARTICLES_V)
     assert state.params["norm"]["scale"].is_deleted()
+
+
+# Lengths that blocks and pieces do not divide, one row, one token, heads that share keys, activations made anew.
+ODD_SHAPES: list[tuple[int, int, dict[str, Any]]] = [
+    (4, 16, {}),
+    (1, 13, {"num_kv_heads": 1, "d_ff": 7}),
+    (1, 1, {"tie_embeddings": False}),
+    (3, 5, {"remat": True, "dropout": 0.1}),
+    (2, 9, {"num_layers": 1, "vocab_size": 3}),
+]
+
+
+@pytest.mark.parametrize(("rows", "length", "model"), ODD_SHAPES)
+def test_a_step_for_many_updates_is_the_same_step(rows, length, model):
+    config = change(make_tiny_config(), "model", **model)
+    optimizer, no_articles_V = make_optimizer(config), jnp.zeros(config.model.vocab_size, bool)
+    block = np.random.RandomState(0).randint(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)
+    initialize = jax.jit(lambda: init_state(config, optimizer))
+    plain, plain_metrics = make_train_step(config, optimizer)(initialize(), block, no_articles_V)
+    state, metrics = make_train_step(config, optimizer, for_many_updates=True)(initialize(), block, no_articles_V)
+    np.testing.assert_allclose(metrics, plain_metrics, rtol=1e-5)
+    # Moments are the gradients, but for their scale.
+    for moment, plain_moment in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(plain.opt_state), strict=True):
+        np.testing.assert_allclose(moment, plain_moment, rtol=1e-4, atol=1e-6 * max(np.abs(plain_moment).max(), 1e-3))
+
+
+def test_on_x86_every_product_of_many_updates_goes_to_onednn(tiny_config):
+    optimizer = make_optimizer(tiny_config)
+    block = jax.ShapeDtypeStruct((4, 17), np.int32)
+    state = jax.eval_shape(lambda: init_state(tiny_config, optimizer))
+
+    def products(for_many_updates: bool) -> tuple[int, int]:
+        step: Any = make_train_step(tiny_config, optimizer, for_many_updates=for_many_updates)
+        text = step.lower(state, block, NO_ARTICLES_V).compile().as_text()
+        return len(re.findall(r" dot\(", text)), text.count("__onednn_fusion")
+
+    in_all, with_onednn = products(for_many_updates=True)
+    assert in_all > 0
+    assert with_onednn == (in_all if platform.machine() == "x86_64" else 0)
+    assert products(for_many_updates=False)[1] == 0

@@ -101,7 +101,7 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
     _announce(config, workdir)
     article_mask_V = article_mask(data.tokenizer.article_ids, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config)
-    train_step = make_train_step(config, optimizer)
+    train_step = make_train_step(config, optimizer, for_many_updates=True)
     micro_steps = config.train.grad_accum_steps
 
     with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:

@@ -1,6 +1,8 @@
 """One micro-step of training as a pure function of state and block; it knows nothing of devices, files or time."""
 
 import functools
+import platform
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +14,16 @@ from tinystories_jax.config import Config
 from tinystories_jax.model.loss import next_token_loss
 from tinystories_jax.model.transformer import Params, hidden_and_output, init_params
 from tinystories_jax.training import optim
+
+# One product in each call of oneDNN: what XLA makes of several operations fails when it runs (JAX 0.10.2). The empty
+# list keeps YNNPACK from taking products first.
+_X86_OPTIONS = {
+    "xla_cpu_use_onednn": True,
+    "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_prefer_vector_width": 512,
+}
+_NOT_KEPT = r"(?s)Error writing persistent compilation cache entry.*onednn-fusion"
 
 
 class TrainState(NamedTuple):
@@ -40,15 +52,20 @@ def init_state(config: Config, optimizer: optax.MultiSteps) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def make_train_step(config: Config, optimizer: optax.MultiSteps) -> TrainStep:
+def make_train_step(config: Config, optimizer: optax.MultiSteps, *, for_many_updates: bool = False) -> TrainStep:
     """Returns the jitted `train_step(state, block, article_mask_V)`; the given state's buffers are reused (donated).
 
-    block: int32 (batch, sequence_length + 1); article_mask_V: True for the IDs of a / an / the.
+    block: int32 (batch, sequence_length + 1); article_mask_V: True for the IDs of a / an / the. `for_many_updates`: on
+    an x86 processor products then go to oneDNN. An update takes less time (docs/benchmarks.md), but JAX cannot keep
+    such a program for the next start, which spends the time of a few updates on compiling it again.
     """
     assert config.schedule is not None
     schedule = optim.learning_rate_schedule(config.optim, config.schedule)
     step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
-    return jax.jit(step, donate_argnums=0)
+    if not for_many_updates or jax.default_backend() != "cpu" or platform.machine() != "x86_64":
+        return jax.jit(step, donate_argnums=0)
+    warnings.filterwarnings("ignore", _NOT_KEPT)
+    return jax.jit(step, donate_argnums=0, compiler_options=_X86_OPTIONS)
 
 
 def train_step(
