@@ -1,4 +1,7 @@
-"""Keeps compiled programs on the disk, so that the second start of a config compiles nothing. JAX does the work."""
+"""Keeps compiled programs on the disk, so that the second start of a config need not compile them. JAX does the work.
+
+All but one: the training step of an x86 processor cannot be kept (training/steps.py).
+"""
 
 import hashlib
 import os
