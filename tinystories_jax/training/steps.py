@@ -1,4 +1,7 @@
-"""One micro-step of training as a pure function of state and block; it knows nothing of devices, files or time."""
+"""One micro-step of training as a pure function of state and block, and how it is compiled.
+
+It knows nothing of files or time.
+"""
 
 import functools
 import platform
