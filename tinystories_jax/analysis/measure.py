@@ -121,7 +121,7 @@ class _Trial:
     def compile(self, rows: int) -> None:
         """Notes the step's memory and the seconds it took; nothing is allocated yet."""
         began = time.perf_counter()
-        self._compiled = compile_step(self._config, rows, for_many_updates=True)
+        self._compiled = compile_step(self._config, rows)
         self.compile_seconds = time.perf_counter() - began
         self.rows, self.memory = rows, read_memory(self._compiled)
 

@@ -25,10 +25,10 @@ class StepMemory:
     total_bytes: int
 
 
-def compile_step(config: Config, rows: int, *, for_many_updates: bool = False) -> Any:
-    """Returns `train_step` compiled for micro-batches of `rows` rows; nothing is allocated."""
+def compile_step(config: Config, rows: int) -> Any:
+    """Returns `train_step` compiled for micro-batches of `rows` rows, as training does; nothing is allocated."""
     optimizer = make_optimizer(config)
-    train_step = make_train_step(config, optimizer, for_many_updates=for_many_updates)
+    train_step = make_train_step(config, optimizer, for_many_updates=True)
     state = jax.eval_shape(lambda: init_state(config, optimizer))
     block = jax.ShapeDtypeStruct((rows, config.data.sequence_length + 1), np.int32)
     return train_step.lower(state, block, article_mask((), config.model.vocab_size)).compile()

@@ -65,10 +65,11 @@ def make_train_step(config: Config, optimizer: optax.MultiSteps, *, for_many_upd
     assert config.schedule is not None
     schedule = optim.learning_rate_schedule(config.optim, config.schedule)
     step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
-    if not for_many_updates or jax.default_backend() != "cpu" or platform.machine() != "x86_64":
-        return jax.jit(step, donate_argnums=0)
-    warnings.filterwarnings("ignore", _NOT_KEPT)
-    return jax.jit(step, donate_argnums=0, compiler_options=_X86_OPTIONS)
+    options = None
+    if for_many_updates and jax.default_backend() == "cpu" and platform.machine() == "x86_64":
+        options = _X86_OPTIONS
+        warnings.filterwarnings("ignore", _NOT_KEPT)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def train_step(

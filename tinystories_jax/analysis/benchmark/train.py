@@ -43,7 +43,7 @@ class TrainingRun:
         self._article_mask_V = article_mask((), config.model.vocab_size)
         self._micro_step = 0
         began = time.perf_counter()
-        self.compiled = compile_step(config, config.train.batch_size, for_many_updates=True)
+        self.compiled = compile_step(config, config.train.batch_size)
         self.compile_seconds = time.perf_counter() - began
         self._state = jax.block_until_ready(jax.jit(lambda: init_state(config, make_optimizer(config)))())
         self._waited_seconds = self._ran_seconds = 0.0
