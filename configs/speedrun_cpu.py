@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     config: Any = runpy.run_path(str(Path(__file__).with_name("cpu_real.py")))["get_config"]()
     config.train.batch_size = 8  # 2,048 tokens an update, a quarter of those of cpu_real
     config.train.max_updates = 640  # 1.3 M tokens: those of 160 updates of cpu_real
-    config.optim.muon_learning_rate = 1e-2
-    config.optim.learning_rate = 1.5e-2  # of embedding and norms
+    config.optim.muon_learning_rate = 7e-3
+    config.optim.learning_rate = 2e-2  # of embedding and norms
     config.optim.beta2 = 0.99  # small updates are noisy: a memory of as many tokens as that of cpu_real
     config.optim.min_learning_rate = 0.0
     config.optim.warmup_updates = 20
