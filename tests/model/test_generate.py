@@ -76,6 +76,30 @@ def test_a_row_is_the_same_alone_and_in_a_batch(params):
     assert together == alone
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_two_programs_at_once_write_what_one_writes(params, temperature, monkeypatch):
+    """Rows of unequal length, the last chunk in a grown cache: each row draws by its own key in either."""
+    prompts = [[0, *range(1, 1 + row)] for row in range(18)]
+    limits = {"end_token": 0, "context_length": 120, "max_new_tokens": 70, "chunk_size": 30}
+
+    def chunks():
+        return list(
+            generate_chunks(
+                params, prompts, CONFIG, Sampling(temperature=temperature), key=jax.random.key(2), first_row=3, **limits
+            )
+        )
+
+    jax.clear_caches()
+    in_two = chunks()
+    programs: Any = generate_module
+    assert programs._decode_until._cache_size() == 2  # one for each length of the cache, whatever the groups
+    monkeypatch.setattr(generate_module, "_NUM_GROUPS", 1)
+    in_one = chunks()
+    assert programs._decode_until._cache_size() == 4  # all rows in one is another shape, so there were groups before
+    assert in_two == in_one
+    assert len({len(text) - len(prompt) for text, prompt in zip(in_one[-1], prompts, strict=True)}) > 1
+
+
 def test_seed_decides_the_draw(params):
     assert write(params, seed=1) == write(params, seed=1)
     assert write(params, seed=1) != write(params, seed=2)
@@ -166,7 +190,12 @@ def test_repetition_penalty_changes_what_is_written(params):
 
 def test_repetition_penalty_falls_on_the_tokens_of_the_text_only():
     state = generate_module.DecodeState(
-        jnp.array([[0, 2, 3, 1]]), jnp.array([3]), jnp.array([False]), jnp.int32(0), init_kv_cache(CONFIG, 1, 4)
+        jax.random.split(jax.random.key(0), 1),
+        jnp.array([[0, 2, 3, 1]]),
+        jnp.array([3]),
+        jnp.array([False]),
+        jnp.int32(0),
+        init_kv_cache(CONFIG, 1, 4),
     )
     logits_BV = jnp.array([[1.0, 1.0, 4.0, -4.0]])
     penalized_BV = generate_module._penalize(logits_BV, state, jnp.float32(2.0), end_token=0)
@@ -189,6 +218,7 @@ def test_the_cache_is_written_in_place(params, batch_size):
     """Copies of it for every token would be a large part of the time that a token takes."""
     cache_length = 160
     state = generate_module.DecodeState(
+        jax.random.split(jax.random.key(0), batch_size),
         jnp.zeros((batch_size, 48), jnp.int32),
         jnp.ones(batch_size, jnp.int32),
         jnp.zeros(batch_size, bool),
@@ -196,12 +226,9 @@ def test_the_cache_is_written_in_place(params, batch_size):
         init_kv_cache(CONFIG, batch_size, cache_length),
     )
     draw = generate_module._Draw(jnp.float32(1), jnp.int32(97), jnp.float32(1), jnp.float32(1))
-    row_keys_B = jax.random.split(jax.random.key(0), batch_size)
     filters = generate_module._Filters(greedy=True, truncate=False, penalize=False)
     jitted: Any = generate_module._decode_until
-    program = jitted.lower(
-        params, state, np.int32(9), row_keys_B, draw, config=CONFIG, filters=filters, end_token=0
-    ).compile()
+    program = jitted.lower(params, state, np.int32(9), draw, config=CONFIG, filters=filters, end_token=0).compile()
     loops = [part for part in program.as_text().split("\n\n") if " dot(" in part or "dot_general" in part]
     assert any(str(cache_length) in loop for loop in loops)
     copies = [

@@ -5,7 +5,8 @@ Everything a token needs (logits, filters, the draw) stays on the device; the ho
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from tinystories_jax.model.transformer import KVCache, Params, decode_step, grow
 
 _SMALLEST_BUCKET = 32
 _SMALLEST_ROOM = 64
+_NUM_GROUPS = 2
+_SMALLEST_GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class Sampling:
 
 
 class DecodeState(NamedTuple):
-    """Texts under way. `lengths_B` counts the tokens of each row of `tokens_BT`; the last is not yet in the cache."""
+    """Texts under way. `lengths_B` counts the tokens of each row of `tokens_BT`; the last is not yet in the cache.
+    A row draws by its own key and `num_new` alone."""
 
+    row_keys_B: jax.Array
     tokens_BT: jax.Array
     lengths_B: jax.Array
     finished_B: jax.Array
@@ -135,24 +140,52 @@ def generate_chunks(
         tokens_BT[row, : len(prompt)] = prompt
     row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(prompts)))
     draw, filters = _trace_sampling(sampling, config.vocab_size)
-    common = {"row_keys_B": row_keys_B, "draw": draw, "config": config, "filters": filters, "end_token": end_token}
+    common = {"draw": draw, "config": config, "filters": filters, "end_token": end_token}
     # Every step takes a slot of the cache behind the prompts, and reads all slots. So there are few at the start, and
     # twice as many when they are full, until the last token has one.
     max_new_tokens = min(max_new_tokens, context_length)
     room, most_room = _SMALLEST_ROOM, -(-max_new_tokens // _SMALLEST_ROOM) * _SMALLEST_ROOM
-    state = _start(
-        params, tokens_BT, lengths, context_length=context_length, cache_length=prompt_bucket + room, **common
-    )
+    array_lengths = {"context_length": context_length, "cache_length": prompt_bucket + room}
+    states = [
+        _start(params, tokens_BT[rows], lengths[rows], row_keys_B[rows], **array_lengths, **common)
+        for rows in np.split(np.arange(len(prompts)), _num_groups(len(prompts)))
+    ]
+    decode_until = functools.partial(_decode_until, params, **common)
     for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
         while room < until:
-            state = _decode_until(params, state, np.int32(room), **common)
+            states = _run_groups(decode_until, states, room)
             room = min(2 * room, most_room)
-            state = _grow(state, cache_length=prompt_bucket + room)
-        state = _decode_until(params, state, np.int32(until), **common)
-        tokens, ends, finished = jax.device_get((state.tokens_BT, state.lengths_B, state.finished_B))
+            states = [_grow(state, cache_length=prompt_bucket + room) for state in states]
+        states = _run_groups(decode_until, states, until)
+        seen = jax.device_get([(state.tokens_BT, state.lengths_B, state.finished_B) for state in states])
+        tokens, ends, finished = (np.concatenate(groups) for groups in zip(*seen, strict=True))
         yield [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
         if finished.all():
             return
+
+
+def _num_groups(batch_size: int) -> int:
+    """Returns into how many equal groups the rows are cut, each with a program of its own.
+
+    XLA's CPU backend takes the heads of all rows one after the other, and gives a head's attention over its cache, a
+    small matrix, to a single thread: two programs at once keep two threads busy (docs/benchmarks.md). A GPU is busy
+    with one.
+    """
+    fits = batch_size % _NUM_GROUPS == 0 and batch_size >= _NUM_GROUPS * _SMALLEST_GROUP
+    return _NUM_GROUPS if fits and jax.default_backend() == "cpu" else 1
+
+
+def _run_groups(
+    decode_until: Callable[[DecodeState, np.int32], DecodeState], states: list[DecodeState], until: int
+) -> list[DecodeState]:
+    """Returns what `decode_until(state, until)` does of each group, all at once."""
+    if len(states) == 1:
+        return [decode_until(states[0], np.int32(until))]
+    # No new token, but the program is compiled now: the threads would each compile it.
+    states = [decode_until(states[0], np.int32(0)), *states[1:]]
+    # JAX runs one after the other what a single thread asks for.
+    with ThreadPoolExecutor(len(states)) as threads:
+        return list(threads.map(decode_until, states, [np.int32(until)] * len(states)))
 
 
 def _trace_sampling(sampling: Sampling, vocab_size: int) -> tuple[_Draw, _Filters]:
@@ -187,8 +220,9 @@ def _start(
 ) -> DecodeState:
     logits_BV, cache = prefill(params, tokens_BT, lengths_B, config, cache_length=cache_length)
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, context_length - tokens_BT.shape[1])))
-    state = DecodeState(tokens_BT, lengths_B, jnp.zeros(lengths_B.shape, bool), jnp.int32(0), cache)
-    return _append(state, logits_BV, row_keys_B, draw, filters, end_token)
+    finished_B = jnp.zeros(lengths_B.shape, bool)
+    state = DecodeState(row_keys_B, tokens_BT, lengths_B, finished_B, jnp.int32(0), cache)
+    return _append(state, logits_BV, draw, filters, end_token)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "filters", "end_token"), donate_argnames="state")
@@ -196,7 +230,6 @@ def _decode_until(
     params: Params,
     state: DecodeState,
     until: jax.Array,
-    row_keys_B: jax.Array,
     draw: _Draw,
     *,
     config: ModelConfig,
@@ -212,7 +245,7 @@ def _decode_until(
         positions_B = state.lengths_B - 1
         last_B = jnp.take_along_axis(state.tokens_BT, positions_B[:, None], axis=1)[:, 0]
         logits_BV, cache = decode_step(params, last_B, positions_B, state.cache, config)
-        return _append(state._replace(cache=cache), logits_BV, row_keys_B, draw, filters, end_token)
+        return _append(state._replace(cache=cache), logits_BV, draw, filters, end_token)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -222,11 +255,9 @@ def _grow(state: DecodeState, *, cache_length: int) -> DecodeState:
     return state._replace(cache=grow_kv_cache(state.cache, cache_length))
 
 
-def _append(
-    state: DecodeState, logits_BV: jax.Array, row_keys_B: jax.Array, draw: _Draw, filters: _Filters, end_token: int
-) -> DecodeState:
+def _append(state: DecodeState, logits_BV: jax.Array, draw: _Draw, filters: _Filters, end_token: int) -> DecodeState:
     """Returns the state with one drawn token more in every row that is not finished."""
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, state.num_new)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.row_keys_B, state.num_new)
     next_B = _sample(logits_BV, state, keys_B, draw, filters, end_token)
     context_length = state.tokens_BT.shape[1]
     rows = jnp.arange(next_B.shape[0])
