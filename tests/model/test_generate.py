@@ -13,7 +13,7 @@ from tests.model.test_transformer import CONFIG
 from tinystories_jax.errors import UserError
 from tinystories_jax.model import generate as generate_module
 from tinystories_jax.model.generate import Sampling, generate, generate_chunks
-from tinystories_jax.model.transformer import forward, init_kv_cache, init_params
+from tinystories_jax.model.transformer import decode_weights, forward, init_kv_cache, init_params
 
 PROMPTS = [[0, 5, 9, 33], [0], [0, 7, 7, 7, 7, 7, 7, 7, 7]]
 FORWARD = jax.jit(forward, static_argnames="config")
@@ -228,7 +228,9 @@ def test_the_cache_is_written_in_place(params, batch_size):
     draw = generate_module._Draw(jnp.float32(1), jnp.int32(97), jnp.float32(1), jnp.float32(1))
     filters = generate_module._Filters(greedy=True, truncate=False, penalize=False)
     jitted: Any = generate_module._decode_until
-    program = jitted.lower(params, state, np.int32(9), draw, config=CONFIG, filters=filters, end_token=0).compile()
+    program = jitted.lower(
+        decode_weights(params, CONFIG), state, np.int32(9), draw, config=CONFIG, filters=filters, end_token=0
+    ).compile()
     loops = [part for part in program.as_text().split("\n\n") if " dot(" in part or "dot_general" in part]
     assert any(str(cache_length) in loop for loop in loops)
     copies = [

@@ -17,6 +17,7 @@ from tinystories_jax.model import transformer
 from tinystories_jax.model.transformer import (
     Params,
     decode_step,
+    decode_weights,
     forward,
     init_kv_cache,
     init_params,
@@ -204,21 +205,22 @@ def test_a_row_times_a_matrix_in_parts_is_the_plain_product():
 def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddings, num_kv_heads, tokens_BT):
     config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings, num_kv_heads=num_kv_heads)
     params = init_params(config, jax.random.key(2))
+    weights = decode_weights(params, config)
     full_BTV = forward(params, tokens_BT, config)
     rows, lengths_B = jnp.arange(3), jnp.array([1, 12, 7])
     logits_BV, cache = prefill(params, tokens_BT[:, :12], lengths_B, config, cache_length=20)
     np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B - 1], atol=2e-6)
     for positions_B in (lengths_B + step for step in range(8)):
-        logits_BV, cache = decode_step(params, tokens_BT[rows, positions_B], positions_B, cache, config)
+        logits_BV, cache = decode_step(weights, tokens_BT[rows, positions_B], positions_B, cache, config)
         np.testing.assert_allclose(logits_BV, full_BTV[rows, positions_B], atol=2e-6)
 
 
 def test_decoding_from_an_empty_cache_equals_the_full_forward(params, tokens_BT):
-    cache = init_kv_cache(CONFIG, 3, 20)
+    cache, weights = init_kv_cache(CONFIG, 3, 20), decode_weights(params, CONFIG)
     full_BTV = forward(params, tokens_BT, CONFIG)
     for position in range(4):
         positions_B = jnp.full(3, position)
-        logits_BV, cache = decode_step(params, tokens_BT[:, position], positions_B, cache, CONFIG)
+        logits_BV, cache = decode_step(weights, tokens_BT[:, position], positions_B, cache, CONFIG)
         np.testing.assert_allclose(logits_BV, full_BTV[:, position], atol=2e-6)
 
 

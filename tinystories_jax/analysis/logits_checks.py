@@ -131,9 +131,10 @@ def _decode_differences(
     prompts_BT = np.where(np.arange(context)[None] < lengths_B[:, None], tokens_BT, END_OF_STORY_ID)
     logits_BV, cache = prefill(params, prompts_BT, jnp.asarray(lengths_B))
     differences = [float(np.abs(logits_BV - full_BTV[rows, lengths_B - 1]).max())]
+    weights = transformer.decode_weights(params, small.model)
     for step in range(new_tokens - 1):
         positions_B = lengths_B + step
-        logits_BV, cache = decode_step(params, tokens_BT[rows, positions_B], jnp.asarray(positions_B), cache)
+        logits_BV, cache = decode_step(weights, tokens_BT[rows, positions_B], jnp.asarray(positions_B), cache)
         differences.append(float(np.abs(logits_BV - full_BTV[rows, positions_B]).max()))
     return differences
 

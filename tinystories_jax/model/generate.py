@@ -16,7 +16,15 @@ import numpy as np
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.errors import UserError
-from tinystories_jax.model.transformer import KVCache, Params, decode_step, grow_kv_cache, prefill
+from tinystories_jax.model.transformer import (
+    DecodeWeights,
+    KVCache,
+    Params,
+    decode_step,
+    decode_weights,
+    grow_kv_cache,
+    prefill,
+)
 
 _SMALLEST_BUCKET = 32
 _SMALLEST_ROOM = 64
@@ -150,7 +158,8 @@ def generate_chunks(
         _start(params, tokens_BT[rows], lengths[rows], row_keys_B[rows], **array_lengths, **common)
         for rows in np.split(np.arange(len(prompts)), _num_groups(len(prompts)))
     ]
-    decode_until = functools.partial(_decode_until, params, **common)
+    weights = _decode_weights(params, config=config)
+    decode_until = functools.partial(_decode_until, weights, **common)
     for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
         while room < until:
             states = _run_groups(decode_until, states, room)
@@ -225,9 +234,12 @@ def _start(
     return _append(state, logits_BV, draw, filters, end_token)
 
 
+_decode_weights = jax.jit(decode_weights, static_argnames="config")
+
+
 @functools.partial(jax.jit, static_argnames=("config", "filters", "end_token"), donate_argnames="state")
 def _decode_until(
-    params: Params,
+    weights: DecodeWeights,
     state: DecodeState,
     until: jax.Array,
     draw: _Draw,
@@ -244,7 +256,7 @@ def _decode_until(
     def step(state: DecodeState) -> DecodeState:
         positions_B = state.lengths_B - 1
         last_B = jnp.take_along_axis(state.tokens_BT, positions_B[:, None], axis=1)[:, 0]
-        logits_BV, cache = decode_step(params, last_B, positions_B, state.cache, config)
+        logits_BV, cache = decode_step(weights, last_B, positions_B, state.cache, config)
         return _append(state._replace(cache=cache), logits_BV, draw, filters, end_token)
 
     return jax.lax.while_loop(unfinished, step, state)

@@ -4,7 +4,8 @@ Callers see plain functions over a pytree of float32 arrays (`params`, nested di
 LlamaForCausalLM): `init_params`, `forward` for training, `prefill` and `decode_step` for generating.
 
 Shape suffixes, here and wherever arrays carry them: B batch, T query positions, S key positions (cache length),
-D model width, H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary.
+D model width, H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary, X the output widths
+of several matrices side by side.
 """
 
 import functools
@@ -45,6 +46,22 @@ class KVCache(NamedTuple):
     next_slot: jax.Array
 
 
+class LayerKernels(NamedTuple):
+    """Matrices of one layer side by side that multiply the same vectors, for one large product in place of several:
+    those of queries, keys and values, and those of gate and up. In the activations' dtype."""
+
+    attention_DX: jax.Array
+    feed_forward_DX: jax.Array
+
+
+class DecodeWeights(NamedTuple):
+    """What a decode step reads besides the cache: made once for all tokens, since joining matrices takes as long as one
+    or two of them."""
+
+    params: Params
+    layers: list[LayerKernels]
+
+
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Returns fresh float32 parameters: matrices normal(0, 0.02), but for two kinds.
 
@@ -80,6 +97,12 @@ def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
     return jnp.einsum("...D,DV->...V", hidden, output_DV, preferred_element_type=jnp.float32)
 
 
+def decode_weights(params: Params, config: ModelConfig) -> DecodeWeights:
+    """Returns what `decode_step` takes."""
+    model = _bind(params, config)
+    return DecodeWeights(params, [layer.kernels() for layer in model.layers])
+
+
 def prefill(
     params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, config: ModelConfig, *, cache_length: int
 ) -> tuple[jax.Array, KVCache]:
@@ -102,14 +125,14 @@ def prefill(
 
 
 def decode_step(
-    params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, config: ModelConfig
+    weights: DecodeWeights, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, config: ModelConfig
 ) -> tuple[jax.Array, KVCache]:
     """Returns float32 logits_BV for what follows `tokens_B`, which stand at `positions_B`, and the cache with them.
 
     The cache must have room: beyond its last slot, that one is written again.
     """
-    model = _bind(params, config)
-    hidden_BTD, cache = model.hidden_cached(tokens_B[:, None], positions_B, cache)
+    model = _bind(weights.params, config)
+    hidden_BTD, cache = model.hidden_cached(tokens_B[:, None], positions_B, cache, weights.layers)
     return logits(hidden_BTD[:, 0], model.output_matrix()), cache
 
 
@@ -182,7 +205,9 @@ class Transformer(nnx.Module):
             keys_and_values.append(layer_keys_and_values)
         return self.norm(hidden_BTD), keys_and_values
 
-    def hidden_cached(self, tokens_BT: jax.Array, positions_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def hidden_cached(
+        self, tokens_BT: jax.Array, positions_B: jax.Array, cache: KVCache, kernels: list[LayerKernels]
+    ) -> tuple[jax.Array, KVCache]:
         """Returns normalised hidden_BTD of one new token a row (T = 1) and the cache with its keys and values."""
         hidden_BTD = self._embed(tokens_BT)
         rotation = _rotation(positions_B[:, None], self.config)
@@ -190,8 +215,8 @@ class Transformer(nnx.Module):
         seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.seen_BS, jnp.ones_like(tokens_BT, bool), slot, axis=1)
         seen_NS = jnp.repeat(seen_BS, self.config.num_kv_heads, axis=0)
         new_layers = []
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden_BTD, layer_cache = layer.cached(hidden_BTD, rotation, slot, seen_NS, layer_cache)
+        for layer, layer_kernels, layer_cache in zip(self.layers, kernels, cache.layers, strict=True):
+            hidden_BTD, layer_cache = layer.cached(hidden_BTD, rotation, slot, seen_NS, layer_cache, layer_kernels)
             new_layers.append(layer_cache)
         return self.norm(hidden_BTD), KVCache(new_layers, seen_BS, slot + 1)
 
@@ -219,9 +244,10 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        attended_BTD, keys_and_values = self.self_attn(self.input_layernorm(hidden_BTD), rotation)
+        kernels = self.kernels()
+        attended_BTD, keys_and_values = self.self_attn(self.input_layernorm(hidden_BTD), rotation, kernels.attention_DX)
         hidden_BTD = hidden_BTD + self._drop(attended_BTD, dropout_key, 0)
-        fed_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
+        fed_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD), kernels.feed_forward_DX)
         return hidden_BTD + self._drop(fed_BTD, dropout_key, 1), keys_and_values
 
     def cached(
@@ -231,10 +257,16 @@ class DecoderLayer(nnx.Module):
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
+        kernels: LayerKernels,
     ) -> tuple[jax.Array, LayerCache]:
-        attended_BTD, cache = self.self_attn.cached(self.input_layernorm(hidden_BTD), rotation, slot, seen_NS, cache)
+        attended_BTD, cache = self.self_attn.cached(
+            self.input_layernorm(hidden_BTD), rotation, slot, seen_NS, cache, kernels.attention_DX
+        )
         hidden_BTD = hidden_BTD + attended_BTD
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD)), cache
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD), kernels.feed_forward_DX), cache
+
+    def kernels(self) -> LayerKernels:
+        return LayerKernels(self.self_attn.input_kernel(), self.mlp.input_kernel())
 
     def _drop(self, hidden_BTD: jax.Array, key: jax.Array | None, branch: int) -> jax.Array:
         if key is None:
@@ -253,10 +285,14 @@ class Attention(nnx.Module):
         self.v_proj = _linear(config, config.d_model, kv_width, rngs)
         self.o_proj = _linear(config, query_width, config.d_model, rngs, std=_residual_std(config))
 
+    def input_kernel(self) -> jax.Array:
+        """Returns what `__call__` and `cached` take as kernel_DX."""
+        return _join_kernels(self.config, self.q_proj, self.k_proj, self.v_proj)
+
     def __call__(
-        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]
+        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], kernel_DX: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation)
+        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernel_DX)
         if uses_flash_attention(self.config, jax.devices()[0]):
             attended_BTHK = jax.nn.dot_product_attention(
                 queries_BTHK, keys_BTGK, values_BTGK, is_causal=True, implementation="cudnn"
@@ -272,8 +308,9 @@ class Attention(nnx.Module):
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
+        kernel_DX: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation)
+        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernel_DX)
         cache = _write(cache, _join_heads(keys_BTGK[:, 0]), _join_heads(values_BTGK[:, 0]), slot)
         # R query heads share a key/value head; they stand next to each other, as in Llama.
         queries_NRK = queries_BTHK.reshape(cache.keys_NKS.shape[0], -1, self.config.head_dim)
@@ -285,27 +322,36 @@ class Attention(nnx.Module):
         return self._output(attended_NRK.reshape(queries_BTHK.shape)), cache
 
     def _project(
-        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array]
+        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], kernel_DX: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         heads = (*hidden_BTD.shape[:2], -1, self.config.head_dim)
-        queries, keys, values = _fused_linear(hidden_BTD, self.q_proj, self.k_proj, self.v_proj)
+        query_width = self.config.num_heads * self.config.head_dim
+        kv_width = self.config.num_kv_heads * self.config.head_dim
+        projected_BTX = _multiply(hidden_BTD, kernel_DX)
+        queries, keys, values = jnp.split(projected_BTX, [query_width, query_width + kv_width], axis=-1)
         return _rotate(queries.reshape(heads), rotation), _rotate(keys.reshape(heads), rotation), values.reshape(heads)
 
     def _output(self, attended_BTHK: jax.Array) -> jax.Array:
-        return _fused_linear(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1), self.o_proj)[0]
+        attended = attended_BTHK.reshape(*attended_BTHK.shape[:2], -1)
+        return _multiply(attended, _join_kernels(self.config, self.o_proj))
 
 
 class FeedForward(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.gate_proj = _linear(config, config.d_model, config.d_ff, rngs)
         self.up_proj = _linear(config, config.d_model, config.d_ff, rngs)
         self.down_proj = _linear(config, config.d_ff, config.d_model, rngs, std=_residual_std(config))
 
-    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = _fused_linear(hidden_BTD, self.gate_proj, self.up_proj)
-        return _fused_linear(jax.nn.silu(gate_BTF) * up_BTF, self.down_proj)[0]
+    def input_kernel(self) -> jax.Array:
+        """Returns what `__call__` takes as kernel_DX."""
+        return _join_kernels(self.config, self.gate_proj, self.up_proj)
+
+    def __call__(self, hidden_BTD: jax.Array, kernel_DX: jax.Array) -> jax.Array:
+        gate_BTF, up_BTF = jnp.split(_multiply(hidden_BTD, kernel_DX), 2, axis=-1)
+        return _multiply(jax.nn.silu(gate_BTF) * up_BTF, _join_kernels(self.config, self.down_proj))
 
 
 def _run_layer(layer: DecoderLayer, *arguments: Any) -> Any:
@@ -334,11 +380,9 @@ def _linear(config: ModelConfig, width_in: int, width_out: int, rngs: nnx.Rngs, 
     )
 
 
-def _fused_linear(hidden_BTD: jax.Array, *layers: nnx.Linear) -> list[jax.Array]:
-    """Returns each layer's output from one matrix product: fewer, larger products, and `hidden_BTD` is read once."""
-    kernels = [layer.kernel[...].astype(hidden_BTD.dtype) for layer in layers]
-    splits = [sum(kernel.shape[1] for kernel in kernels[: index + 1]) for index in range(len(kernels) - 1)]
-    return jnp.split(_multiply(hidden_BTD, jnp.concatenate(kernels, axis=1)), splits, axis=-1)
+def _join_kernels(config: ModelConfig, *layers: nnx.Linear) -> jax.Array:
+    """Returns the layers' matrices side by side, in the activations' dtype."""
+    return jnp.concatenate([layer.kernel[...].astype(config.dtype) for layer in layers], axis=1)
 
 
 def _multiply(rows: jax.Array, matrix: jax.Array) -> jax.Array:
