@@ -13,15 +13,21 @@ from tinystories_jax import cli
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train.py's --workdir.", required=True)
 _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
-_PROMPT = flags.DEFINE_multi_string("prompt", ["Once upon a time there was"], "Beginning of a story; may be repeated.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", ["Once upon a time there was"], "Beginning of a story, which may be empty; may be repeated."
+)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Stories for each prompt.", lower_bound=1, upper_bound=10_000)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 0, "Tokens after the prompt; 0: up to the model's context.", lower_bound=0
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits, 0 to 100; 0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0 is off.", upper_bound=2**31 - 1)
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens of this total probability; 1 is off.")
-_REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Penalty on tokens already in the text; 1 is off.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Draw among the likeliest tokens of this total probability, above 0; 1 is off."
+)
+_REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Penalty on tokens already in the text, 0.1 to 10; 1 is off."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same stories.", lower_bound=0, upper_bound=2**31 - 1)
 _STREAM = flags.DEFINE_bool("stream", False, "Show each story while it is written.")
 
