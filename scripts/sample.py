@@ -49,14 +49,18 @@ def main() -> None:
     made_up = " (trained on the made-up sample, not TinyStories)" * (meta.config.data.source == "sample")
     print(f"checkpoint of update {meta.update} in {_CHECKPOINT.value}{made_up}", file=sys.stderr)
     if _STREAM.value:
+        stories = []
         for row, prompt in enumerate(prompts):
             print(separator * bool(row) + prompt, end="", flush=True)
-            for piece in stream_story(params, meta.tokenizer, meta.config, prompt, sampling, row=row, **limits):
-                print(piece, end="", flush=True)
+            shown = len(prompt)
+            for story in stream_story(params, meta.tokenizer, meta.config, prompt, sampling, row=row, **limits):
+                print(story.text[shown:], end="", flush=True)
+                shown = len(story.text)
+            stories.append(story)
         print()
-        return
-    stories = write_stories(params, meta.tokenizer, meta.config, prompts, sampling, **limits)
-    print(separator.join(story.text for story in stories))
+    else:
+        stories = write_stories(params, meta.tokenizer, meta.config, prompts, sampling, **limits)
+        print(separator.join(story.text for story in stories))
     if unfinished := sum(not story.finished for story in stories):
         print(f"{unfinished} of {len(stories)} stories reached the limit on their length", file=sys.stderr)
 

@@ -298,6 +298,7 @@ def test_the_same_flags_write_the_stories_of_the_run_streamed_or_not(finished, p
         assert f"checkpoint of update {last} " in result.stderr
         # Read as text, any end of a line is a line feed, and such a model writes all of them.
         assert result.stdout == re.sub("\r\n?", "\n", SEPARATOR.join(written)) + "\n"
+        assert result.stderr.endswith(f" of {len(written)} stories reached the limit on their length\n")
 
 
 def test_greedy_writes_the_same_story_twice_and_it_begins_with_the_prompt(finished, place):

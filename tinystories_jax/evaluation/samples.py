@@ -50,11 +50,10 @@ def write_stories(
             max_new_tokens=max_new_tokens,
             first_row=start,
         )
-    stories = []
-    for prompt, prompt_id, text in zip(prompts, prompt_ids, texts, strict=True):
-        finished = len(text) > len(prompt_id) and text[-1] == END_OF_STORY_ID
-        stories.append(Story(prompt, _text(tokenizer, text), finished))
-    return stories
+    return [
+        _whole_story(tokenizer, prompt, len(prompt_id), text)
+        for prompt, prompt_id, text in zip(prompts, prompt_ids, texts, strict=True)
+    ]
 
 
 def stream_story(
@@ -67,10 +66,10 @@ def stream_story(
     seed: int,
     max_new_tokens: int,
     row: int = 0,
-) -> Iterator[str]:
-    """Yields, after the prompt, the pieces of story number `row` of `write_stories` as they are written."""
+) -> Iterator[Story]:
+    """Yields story number `row` of `write_stories` as it grows; the last is the whole."""
     tokens = _encode(tokenizer, prompt)
-    shown = prompt
+    prompt_length, text = len(tokens), prompt
     pieces = DecodeStream(skip_special_tokens=True)
     for (longer,) in generate_chunks(
         params,
@@ -85,11 +84,11 @@ def stream_story(
         first_row=row,
     ):
         # A piece comes when its bytes are whole characters.
-        new = "".join(pieces.step(tokenizer.backend, token) or "" for token in longer[len(tokens) :])
-        shown, tokens = shown + new, longer
-        yield new
+        text += "".join(pieces.step(tokenizer.backend, token) or "" for token in longer[len(tokens) :])
+        tokens = longer
+        yield Story(prompt, text, finished=False)
     # A limit on the length can leave half a character behind.
-    yield _text(tokenizer, tokens)[len(shown) :]
+    yield _whole_story(tokenizer, prompt, prompt_length, tokens)
 
 
 def check_prompts(tokenizer: StoryTokenizer, prompts: Sequence[str], context_length: int) -> None:
@@ -103,6 +102,11 @@ def check_prompts(tokenizer: StoryTokenizer, prompts: Sequence[str], context_len
     ]
     if problems:
         raise UserError(problems)
+
+
+def _whole_story(tokenizer: StoryTokenizer, prompt: str, prompt_length: int, tokens: list[int]) -> Story:
+    finished = len(tokens) > prompt_length and tokens[-1] == END_OF_STORY_ID
+    return Story(prompt, _text(tokenizer, tokens), finished)
 
 
 def _text(tokenizer: StoryTokenizer, tokens: list[int]) -> str:
