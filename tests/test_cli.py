@@ -324,6 +324,12 @@ def main():
                 import signalling
             except BaseException:
                 pass
+        case "in native code" | "while a thread of ours works":
+            import hashlib, os, threading
+            from tinystories_jax.background import in_background
+            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+            work = hashlib.pbkdf2_hmac, "sha256", b"", b"", 2**31 - 1  # hours
+            in_background("test", *work).result() if "thread" in where else work[0](*work[1:])
         case "when all is done":
             import atexit
             atexit.register(signal.raise_signal, number)
@@ -343,6 +349,8 @@ cli.run(main)
         "while an object is destroyed",
         "in a callback of JAX",
         "while a package is imported",
+        "in native code",
+        "while a thread of ours works",
         "when all is done",
     ],
 )

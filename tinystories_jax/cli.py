@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +22,7 @@ from tinystories_jax.errors import UserError
 
 _USER_EXIT = 2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_GRACE_SECONDS = 3  # to end in good order
 # In the path of a file that is neither ours nor of the standard library.
 _FOREIGN = ("site-packages", "dist-packages", "<frozen importlib")
 _COMPILE_CACHE_HELP = "Keep compiled programs for the next start, in ~/.cache/tinystories_jax."
@@ -45,6 +48,7 @@ def run(
     sys.unraisablehook = _end_where_dropped
     for number in _SIGNALS:
         signal.signal(number, _stop)
+    _watch_for_signals()
     app.define_help_flags()
     keep_freed_memory()
     if compiles:
@@ -62,6 +66,9 @@ def run(
         sys.stdout.flush()
     except UserError as error:
         code = _complain(error.problems)
+    except _StoppedError as stop:
+        # All is tidied up, and the interpreter would wait for what the device is still busy with.
+        _end(stop.code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, as `| head` does
         code = 0
@@ -95,6 +102,26 @@ def _stop(number: int, frame: FrameType | None) -> None:
             _end(code)
         frame = frame.f_back
     raise _StoppedError(code)
+
+
+def _watch_for_signals() -> None:
+    """Ends the process where a signal has not, some seconds ago.
+
+    Python calls no handler while native code runs, and a compilation or the writing of many texts can take minutes.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while True:
+            number = os.read(reader, 1)[0]
+            if signal.getsignal(number) is _stop:  # else somebody else obeys it, in time of their own
+                time.sleep(_GRACE_SECONDS)
+                if signal.getsignal(number) is _stop:
+                    _end(128 + number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 def _end_where_dropped(unraisable: Any) -> None:

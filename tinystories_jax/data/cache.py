@@ -8,27 +8,25 @@ import hashlib
 import json
 import math
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, get_type_hints
+from typing import Any, BinaryIO, get_type_hints
 
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from tinystories_jax.background import in_background
 from tinystories_jax.config import Config
 from tinystories_jax.data.encode import StoryEncoder
 from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sync, write_file
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer, batch_stories
 from tinystories_jax.errors import UserError
-
-_Result = TypeVar("_Result")
 
 FORMAT_VERSION = 2  # raise it with any change of the files below, the fields of Manifest or those of StoryReport
 TOKENS_FILE = "tokens.bin"  # little-endian IDs, each story followed by END_OF_STORY_ID
@@ -217,7 +215,7 @@ def open_cache(folder: str | Path, *, fingerprint: str, vocab_size: int, rebuild
         with _explain_damage(folder, rebuild_command):
             return _open_tokens(folder / TOKENS_FILE, dtype, manifest, vocab_size)
 
-    tokens = _run_in_thread(verify)
+    tokens = in_background("verify", verify)
     if manifest.num_tokens * dtype.itemsize <= _AT_ONCE_BYTES:
         tokens.result()
     return TokenCache(manifest, folder, tokens)
@@ -232,20 +230,6 @@ def _explain_damage(folder: Path, rebuild_command: str) -> Iterator[None]:
         raise UserError(f"token cache {folder}: {problem}; rebuild it with: {rebuild_command}") from error
     except ValueError as error:
         raise UserError(f"token cache {folder}: {error}; rebuild it with: {rebuild_command}") from error
-
-
-def _run_in_thread(function: Callable[[], _Result]) -> Future[_Result]:
-    """Returns what `function` is going to return or to raise; a process that ends does not wait for it."""
-    future: Future[_Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="verify", daemon=True).start()
-    return future
 
 
 def load_hashes(cache: TokenCache) -> np.ndarray:

@@ -19,14 +19,15 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from tinystories_jax.background import in_background
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.bootstrap import Interval, mean_interval
 
@@ -55,8 +56,6 @@ _LONGEST_PAUSE_SECONDS = 60.0
 _MOST_BYTES = 2**20
 _MOST_SIGNS = 300  # of what the endpoint says, in a message
 _PASSING = frozenset((408, 409, 425, 429))  # and 5xx; what other codes say stays true however often one asks
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def _ask_all(judge: Judge, wanted: Mapping[str, tuple[str, str]]) -> Iterator[tu
     try:
         while True:
             for key, story in itertools.islice(todo, _AT_ONCE - len(running)):
-                running[_in_background(_ask, judge, *story, stop)] = key
+                running[in_background("judge", _ask, judge, *story, stop)] = key
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -214,20 +213,6 @@ def _ask_all(judge: Judge, wanted: Mapping[str, tuple[str, str]]) -> Iterator[tu
         stop.set()  # also when the user interrupts
     if failure:
         raise failure
-
-
-def _in_background(function: Callable[..., _T], *arguments: Any) -> Future[_T]:
-    """Calls the function in a thread that, unlike those of a pool, does not keep the process from ending."""
-    future: Future[_T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="judge", daemon=True).start()
-    return future
 
 
 def _ask(judge: Judge, prompt: str, text: str, stop: threading.Event) -> Verdict | None:
@@ -254,7 +239,7 @@ def _post(judge: Judge, body: bytes, stop: threading.Event) -> bytes:
         pause = judge.first_pause_seconds * 2**attempt
         try:
             # A connection's own timeout starts anew with every byte.
-            response, said = _in_background(_exchange, judge, body).result(judge.timeout_seconds)
+            response, said = in_background("judge", _exchange, judge, body).result(judge.timeout_seconds)
         except (OSError, http.client.HTTPException, ValueError) as error:  # the last from what is no HTTP
             problem = _clean(judge, f"{type(error).__name__}: {str(error) or 'the reply takes too long'}")
             # No certificate that counts, or no TLS at all; an end in the middle may be an outage.

@@ -6,7 +6,6 @@ Everything a token needs (logits, filters, the draw) stays on the device; the ho
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinystories_jax.background import in_background
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import (
@@ -193,8 +193,8 @@ def _run_groups(
     # No new token, but the program is compiled now: the threads would each compile it.
     states = [decode_until(states[0], np.int32(0)), *states[1:]]
     # JAX runs one after the other what a single thread asks for.
-    with ThreadPoolExecutor(len(states)) as threads:
-        return list(threads.map(decode_until, states, [np.int32(until)] * len(states)))
+    groups = [in_background("decode", decode_until, state, np.int32(until)) for state in states]
+    return [group.result() for group in groups]
 
 
 def _trace_sampling(sampling: Sampling, vocab_size: int) -> tuple[_Draw, _Filters]:
