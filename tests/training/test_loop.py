@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -74,6 +75,55 @@ def change_step(monkeypatch, change: Callable[[int, TrainState, StepMetrics], tu
         return changed_step
 
     monkeypatch.setattr(loop, "make_train_step", make_changed_step)
+
+
+class Device:
+    """Takes a second for each micro-step, and for nothing else: while it is asked for, as a CPU, or after it, as a GPU.
+    `now` is the host's clock."""
+
+    def __init__(self, monkeypatch, *, runs_at_once: bool):
+        self.now = self.done_at = 0.0
+        device_get = jax.device_get
+
+        def run(update: int, state: TrainState, metrics: StepMetrics) -> tuple[TrainState, StepMetrics]:
+            self.done_at = max(self.now, self.done_at) + 1
+            if runs_at_once:
+                self.now = self.done_at
+            scalars: Any = [PendingScalar(self, value) for value in metrics]
+            return state, StepMetrics(*scalars)
+
+        def get(values):
+            pending = [value for value in jax.tree.leaves(values) if isinstance(value, PendingScalar)]
+            self.now = max([self.now, *(value.done_at for value in pending)])
+            return device_get(jax.tree.map(lambda value: getattr(value, "value", value), values))
+
+        change_step(monkeypatch, run)
+        monkeypatch.setattr(loop.jax, "device_get", get)
+        monkeypatch.setattr(loop.time, "perf_counter", lambda: self.now)
+
+
+class PendingScalar:
+    def __init__(self, device: Device, value: jax.Array):
+        self.value, self.done_at, self._device = value, device.done_at, device
+
+    def is_ready(self) -> bool:
+        return self._device.now >= self.done_at
+
+
+@pytest.mark.parametrize("runs_at_once", [True, False])
+@pytest.mark.parametrize("accum_steps", [1, 3])
+def test_the_speed_is_that_of_the_device(config, tmp_path, monkeypatch, runs_at_once, accum_steps):
+    Device(monkeypatch, runs_at_once=runs_at_once)
+    config = change_section(config, "train", max_updates=12, grad_accum_steps=accum_steps)
+    config = change_section(change_section(config, "logging", every=3), "eval", every=7)
+    train_on(change_section(config, "checkpoint", every=8), tmp_path / "run")
+    speed = config.train.batch_size * config.data.sequence_length
+    expected: dict[int, int | None] = dict.fromkeys([1, 3, 6, 7, 8, 9, 12], speed)
+    expected[1] = None  # it compiles
+    if runs_at_once and accum_steps == 1:
+        expected[7] = None  # it was over when update 6 was looked at
+    rows = [row for row in rows_of(tmp_path / "run") if "seconds" in row]
+    assert {row["update"]: row.get("train/tokens_per_second") for row in rows} == expected
 
 
 def poison(monkeypatch, *, update: int, metric: str = "loss") -> None:

@@ -120,7 +120,7 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
                     block = meter.wait_for(_load_block, data, config, micro_step)
                     state, metrics = train_step(state, block, article_mask_V)
                     if meter.is_due():  # figures up to the update before, read while the device is busy with this one
-                        logs.metrics.write(_look(meter, logs, checkpoints))
+                        logs.metrics.write(_look(meter, logs, checkpoints, under_way=metrics))
                     meter.add(metrics)
                 update += 1
                 evaluates = update == schedule.total_updates or update % config.eval.every == 0
@@ -239,9 +239,12 @@ def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, now: Meta, wor
     return state, dataclasses.replace(now, update=saved.update, history=saved.history, logs=saved.logs)
 
 
-def _look(meter: "_Meter", logs: _Logs, checkpoints: Checkpoints) -> list[dict[str, Any]]:
-    """Waits for the device; returns the rows not written yet, and raises what went wrong since the last look."""
-    rows, problem = meter.read()
+def _look(
+    meter: "_Meter", logs: _Logs, checkpoints: Checkpoints, under_way: StepMetrics | None = None
+) -> list[dict[str, Any]]:
+    """Waits for the device, though not for the micro-step `under_way`; returns the rows not written yet, and raises
+    what went wrong since the last look."""
+    rows, problem = meter.read(under_way)
     if problem:
         logs.metrics.write(rows)
         # A save that is under way counts only when it has succeeded; when it fails, that is said beside.
@@ -304,11 +307,16 @@ def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, logs: _Lo
         check_grammar=checks_grammar,
     )
     row["samples/articles"] = scores.articles
-    said = f"{len(stories)} stories: {scores.articles:.0%} of the articles needed"
+    said = f"{len(stories)} stories: {_known(scores.articles, '.0%')} of the articles needed"
     if checks_grammar:
         row["samples/grammar"] = scores.grammar
-        said += f", grammar {scores.grammar:.1f} of 10"
+        said += f", grammar {_known(scores.grammar, '.1f')} of 10"
     logs.progress.note(f"update {row['update']}: {said}, for instance\n{textwrap.indent(stories[0].text, '  | ')}")
+
+
+def _known(score: float, form: str) -> str:
+    """Returns a score as text; there is none where stories have nothing to score."""
+    return "unknown" if math.isnan(score) else format(score, form)
 
 
 def _save(checkpoints: Checkpoints, state: TrainState, meta: Meta) -> None:
@@ -332,7 +340,9 @@ def _out_of_patience(config: Config, log: MetricsLog) -> bool:
 class _Meter:
     """Collects the metrics of micro-steps on the device, and reads them with the clock when they are due.
 
-    Evaluations, checkpoints and the first update of a process, which compiles, are not part of tokens per second. The
+    Evaluations, checkpoints and the first update of a process, which compiles, are not part of tokens per second: those
+    of the micro-steps that the device has finished between two looks at the clock. While updates follow each other, one
+    more than those looked at has begun; a CPU has finished it by then, since JAX runs it while it is asked for. The
     share of time waiting for data is the host's time in `batch_at` and in starting the transfer: since the device has
     work queued meanwhile, it is what the device can have waited at most.
     """
@@ -348,8 +358,9 @@ class _Meter:
         self._speed = 0.0  # tokens per second
         self.restart()
 
-    def restart(self) -> None:
-        self._began, self._waited = time.perf_counter(), 0.0
+    def restart(self, *, num_ahead: int = 0) -> None:
+        """Begins to measure speed; of micro-steps not looked at yet, `num_ahead` are finished."""
+        self._began, self._waited, self._num_ahead = time.perf_counter(), 0.0, num_ahead
 
     def wait_for(self, load, *arguments) -> jax.Array:
         """Returns `load(*arguments)`, counting its time as waiting for data."""
@@ -371,14 +382,16 @@ class _Meter:
         update = self._update + new
         return new > 0 and not begun and (update == self._first_update or update % self._config.logging.every == 0)
 
-    def read(self) -> tuple[list[dict[str, Any]], str | None]:
-        """Waits for the device; returns one row per update since the last call, times on the newest one.
+    def read(self, under_way: StepMetrics | None = None) -> tuple[list[dict[str, Any]], str | None]:
+        """Waits for what was added; returns one row per update since the last call, times on the newest one.
 
-        `seconds` are those of `run_seconds`. The rows end before an update that is not finite, which the second value
-        then describes.
+        `under_way` is a micro-step that has begun and is added later. `seconds` are those of `run_seconds`. The rows
+        end before an update that is not finite, which the second value then describes.
         """
         per_update = self._config.train.grad_accum_steps
         values = np.array(jax.device_get(self._pending), np.float64).reshape(-1, per_update, 3)
+        num_ahead = int(under_way is not None and under_way.loss.is_ready())  # type: ignore[attr-defined]
+        num_finished = len(self._pending) - self._num_ahead + num_ahead
         self._pending = []
         seconds = time.perf_counter() - self._began
         rows = []
@@ -401,14 +414,14 @@ class _Meter:
             rows.append(row)
         if rows:
             rows[-1]["seconds"] = self.run_seconds()
-        if rows and self._update > self._first_update:
-            self._speed = len(rows) * tokens_per_update / seconds
+        if num_finished and self._update > self._first_update:
+            self._speed = num_finished * tokens_per_update / per_update / seconds
             rows[-1] |= {
                 "train/tokens_per_second": self._speed,
                 "train/mfu": model_flops_utilization(self._speed, self._flops_per_token),
                 "train/data_wait_fraction": self._waited / seconds,
             }
-        self.restart()
+        self.restart(num_ahead=num_ahead)
         return rows, None
 
     def _is_spike(self, loss: float) -> bool:
