@@ -48,6 +48,9 @@ def main() -> None:
     separator = f"\n{END_OF_STORY}\n"
     made_up = " (trained on the made-up sample, not TinyStories)" * (meta.config.data.source == "sample")
     print(f"checkpoint of update {meta.update} in {_CHECKPOINT.value}{made_up}", file=sys.stderr)
+    if _MAX_NEW_TOKENS.value >= context_length:
+        cut = f"cut to what the model's context of {context_length} has room for"
+        print(f"--max_new_tokens={_MAX_NEW_TOKENS.value} is {cut}", file=sys.stderr)
     if _STREAM.value:
         stories = []
         for row, prompt in enumerate(prompts):

@@ -301,6 +301,13 @@ def test_the_same_flags_write_the_stories_of_the_run_streamed_or_not(finished, p
         assert result.stderr.endswith(f" of {len(written)} stories reached the limit on their length\n")
 
 
+def test_a_limit_that_the_context_has_no_room_for_is_said(finished, place):
+    context = json.loads((finished / "config.json").read_text())["data"]["sequence_length"]
+    result = place.sample(f"--checkpoint={finished}", f"--max_new_tokens={context}")
+    assert result.returncode == 0, result.stderr
+    assert f"--max_new_tokens={context} is cut to what the model's context of {context} has room for\n" in result.stderr
+
+
 def test_greedy_writes_the_same_story_twice_and_it_begins_with_the_prompt(finished, place):
     best = best_update(finished)
     flags = [f"--checkpoint={finished}", "--temperature=0", "--prompt=Tom had a"]
