@@ -365,6 +365,9 @@ def test_the_script_prints_a_table_and_writes_the_same_figures(tmp_path):
     speed = figures["decode"]["batches"][0]["tokens_per_second"]["median"]
     assert f"{speed:,.0f} tokens/s" in result.stdout
     assert "measuring decode" in result.stderr
+    for load, is_busy in ((0.5, False), (0.51, True)):
+        table = format_section({"machine": machine | {"load_before": load}, "config": {}})
+        assert ("other programs ran" in table) == is_busy
 
 
 def test_without_pytorch_peer_is_refused_with_what_to_install(tmp_path):

@@ -17,14 +17,15 @@ _SHORTEST_PROMPT = 32
 
 
 def measure_decode(config: Config, batch_sizes: tuple[int, ...], seconds: float) -> dict[str, Any]:
-    """Returns the figures of writing with fresh parameters; each is sampled for about `seconds`."""
+    """Returns the figures of writing with fresh parameters; each is sampled for about `seconds`, positions for longer:
+    the slowest of many parts is looked for, and few samples find noise."""
     params = _make_params(config)
     return {
         "dtype": config.model.dtype,
         "prompt_length": PROMPT_LENGTH,
         "batches": [time_decoding(config, rows, seconds, params) for rows in batch_sizes],
         "first_token": _time_first_tokens(config, seconds, params),
-        "positions": time_positions(config, seconds, params),
+        "positions": time_positions(config, 4 * seconds, params),
     }
 
 

@@ -13,7 +13,7 @@ from tinystories_jax.analysis.benchmark.train import TrainingRun
 from tinystories_jax.config import Config
 from tinystories_jax.training.metrics import flops_per_token
 
-_SAMPLE_SECONDS, _MIN_ROUNDS, _DECODE_SECONDS = 0.5, 5, 5.0
+_SAMPLE_SECONDS, _MIN_ROUNDS, _DECODE_SECONDS = 0.5, 5, 40.0
 
 
 def measure_growth(config: Config, rows: int, rounds: int) -> dict[str, Any]:
