@@ -301,6 +301,9 @@ def test_json_and_text_have_the_same_figures(measured):
     assert f"{values['measurement']['compile_seconds']:.1f}" in text
     for times in values["gpus"]:
         assert f"{times['tokens_per_second']:,.0f}" in text
+    fewer = dataclasses.replace(measured, work=dataclasses.replace(measured.work, epochs=0.434))
+    assert "\nCost at 5 epochs, hours:" in format_plan(measured)
+    assert "\nCost at 5 epochs in place of 0.43, hours:" in format_plan(fewer)
 
 
 def test_text_fits_on_a_screen(top10k, measured):

@@ -102,6 +102,8 @@ def _gpu_lines(plan: Plan) -> list[str]:
             f"{gpu.device:<10}{peak:>14,.1f}{gpu.tokens_per_second:>14,.0f}{_figure(gpu.update_seconds, 1e-3):>15}"
             f"{minutes:>12}{hours:>10}"
         )
+    epochs = plan.work.epochs
+    instead = "" if epochs is None or round(epochs, 2) == 5 else f" in place of {epochs:,.2f}"
     costs = [f"{times.device} {_figure(times.five_epochs_seconds, 3600)}" for times in plan.gpus]
     if plan.here:
         costs.insert(0, f"here {_figure(plan.here.five_epochs_seconds, 3600)}")
@@ -110,7 +112,7 @@ def _gpu_lines(plan: Plan) -> list[str]:
         f"MFU {plan.mfu:.1%}: {plan.mfu_origin}.",
         f"Peaks: {plan.peak_source} (SXM).",
         "Times are those of training steps alone: no evaluation, samples, checkpoints or data preparation.",
-        f"Cost at 5 epochs, hours: {', '.join(costs)}",
+        f"Cost at 5 epochs{instead}, hours: {', '.join(costs)}",
     ]
 
 
