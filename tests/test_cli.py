@@ -119,7 +119,7 @@ def file_flags(tmp_path: Path, train: Path, valid: Path | None = None) -> list[s
             [TOP10K, "--config.modle.d_model=3"],
             ["--config.modle.d_model=3", 'Did you mean "model" instead of "modle"?'],
         ),
-        ("train", [TOP10K, "--config.zzz.qqq=3"], ["--config.zzz.qqq=3"]),
+        ("train", [TOP10K, "--config.zzz.qqq=3"], ["--config.zzz.qqq=3", "there is no 'zzz' in the config"]),
         ("train", [TOP10K, "--config.train.batch_size=abc"], ["--config.train.batch_size=abc"]),
         ("train", [TOP10K, "--config.train.batch_size=6.5"], ["--config.train.batch_size=6.5"]),
         ("train", [TOP10K, "--config.optim.learning_rate=None"], ["--config.optim.learning_rate=None"]),
@@ -164,6 +164,35 @@ def test_all_problems_of_a_config_are_told_at_once_one_line_each():
     assert len(lines) == 3
     for words in ("model.num_heads=6", "optim.beta1=1.0", "seed=-1"):
         assert words in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code", "stdout", "stderr"),
+    [
+        (1, ["--help"], 0, "", ""),
+        (2, ["runs/none"], 2, "", ""),
+        (1, ["runs/none"], 2, "", "error: runs/none/config.json does not exist"),
+    ],
+)
+def test_output_that_is_closed_is_done_without(closed, arguments, code, stdout, stderr):
+    command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, "scripts/report.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (code, stdout)
+    assert result.stderr.startswith(stderr)
+    assert bool(result.stderr) == bool(stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_place_for_standard_output_is_named():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "scripts/plan.py", TOP10K, "--nomeasure"]
+        result = subprocess.run(
+            command, cwd=ROOT, env=script_environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert result.returncode == 2
+    assert result.stderr.endswith(
+        "standard output: No space left on device; make room there, or give a place that can be written\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -54,6 +55,10 @@ def run(
     if compiles:
         # As if the script had defined it, so that --help shows it.
         flags.DEFINE_bool("compile_cache", True, _COMPILE_CACHE_HELP, module_name=sys.argv[0])
+    # Closed by whoever started us, which Python shows as None: what is printed to None as stderr stands on stdout.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path may hold bytes that are no text, and a terminal may not know every character of a story.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -75,8 +80,9 @@ def run(
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
-        place = error.filename or "a file of this run"
-        code = _complain([f"{place}: {error.strerror}; make room there, or give a place that can be written"])
+        place = error.filename or "a file of this run or standard output"
+        advice = "make room there, or " * (error.errno in _FULL) + "give a place that can be written"
+        code = _complain([f"{place}: {error.strerror}; {advice}"])
     except MemoryError:
         code = _complain(["this machine has too little memory for what is asked; scripts/plan.py says what it takes"])
     finally:
@@ -177,7 +183,10 @@ def _describe(error: Exception) -> str:
         # A TypeError or ValueError of a config file comes with its traceback in the text.
         return " ".join((lines[0], lines[-1]) if "Traceback (most recent call last):" in lines else lines)
     # What is left: a field that the config has not, which the libraries name without the rest of the flag.
-    given = [flag for flag in sys.argv if lines[0].strip("'") in re.split("[.=]", flag)]
+    name = lines[0].strip("'")
+    given = [flag for flag in sys.argv if name in re.split("[.=]", flag)]
+    if name.isidentifier():
+        lines[0] = f"there is no {name!r} in the config"
     return ": ".join([*given[:1], *lines])
 
 
