@@ -288,7 +288,6 @@ def test_a_start_that_fails_is_told_with_its_last_words(tmp_path):
 
 def test_growth_is_measured_against_flops(monkeypatch):
     monkeypatch.setattr(growth, "_SAMPLE_SECONDS", 1e-9)
-    monkeypatch.setattr(growth, "_DECODE_SECONDS", 0.0)
     monkeypatch.setattr(growth, "_MIN_ROUNDS", 1)
     monkeypatch.setattr(growth, "_AXES", {"depth": (growth._grow_depth, (0.5, 1.0, 2.0))})
     found = growth.measure_growth(tiny_config(num_layers=1), 2, 1)

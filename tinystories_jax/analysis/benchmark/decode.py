@@ -14,18 +14,18 @@ from tinystories_jax.model.transformer import Params, init_params
 
 _NO_TOKEN = -1  # as the end token: every text gets all its tokens
 _SHORTEST_PROMPT = 32
+_POSITION_SECONDS = 40.0  # the slowest of many parts is looked for, and in few samples it is found by accident
 
 
 def measure_decode(config: Config, batch_sizes: tuple[int, ...], seconds: float) -> dict[str, Any]:
-    """Returns the figures of writing with fresh parameters; each is sampled for about `seconds`, positions for longer:
-    the slowest of many parts is looked for, and few samples find noise."""
+    """Returns the figures of writing with fresh parameters; all but positions are sampled for about `seconds` each."""
     params = _make_params(config)
     return {
         "dtype": config.model.dtype,
         "prompt_length": PROMPT_LENGTH,
         "batches": [time_decoding(config, rows, seconds, params) for rows in batch_sizes],
         "first_token": _time_first_tokens(config, seconds, params),
-        "positions": time_positions(config, 4 * seconds, params),
+        "positions": time_positions(config, params),
     }
 
 
@@ -69,7 +69,7 @@ def _time_first_tokens(config: Config, seconds: float, params: Params) -> list[d
     return figures
 
 
-def time_positions(config: Config, seconds: float, params: Params | None = None) -> list[dict[str, Any]]:
+def time_positions(config: Config, params: Params | None = None) -> list[dict[str, Any]]:
     """Returns the seconds of a token at batch 1 by position: sixteenths of the context, from `first` to `last`.
 
     The first part is left out, since the prompt is part of it.
@@ -86,7 +86,7 @@ def time_positions(config: Config, seconds: float, params: Params | None = None)
 
     write()
     runs.clear()
-    take_samples(write, seconds=seconds)
+    take_samples(write, seconds=_POSITION_SECONDS)
     figures = []
     for index, samples in enumerate(zip(*runs, strict=True)):
         num_tokens = min(chunk, room - index * chunk)

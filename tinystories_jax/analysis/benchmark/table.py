@@ -18,14 +18,14 @@ def format_section(figures: dict[str, Any]) -> str:
 def _format_machine(machine: dict[str, Any]) -> str:
     settings = " ".join(f"{name}={value}" for name, value in machine["settings"].items())
     cores, memory = machine["cpu_cores"], machine["memory_bytes"] / 2**30
-    busy = ", above 0.5: other programs ran, which do not slow all sides alike" * (machine["load_before"] > _IDLE_LOAD)
+    busy = f", above {_IDLE_LOAD}: other programs ran, which do not slow all sides alike"
     return "\n".join(
         [
             _row("date", machine["date"]),
             _row("command", machine["command"]),
             _row("device", f"{machine['num_devices']} x {machine['device']}"),
             _row("host", f"{machine['cpu']}, {cores} cores, {memory:.0f} GiB; {machine['system']}"),
-            _row("load before", f"{machine['load_before']:.2f}{busy}"),
+            _row("load before", f"{machine['load_before']:.2f}{busy * (machine['load_before'] > _IDLE_LOAD)}"),
             _row("versions", ", ".join(f"{name} {value}" for name, value in machine["versions"].items())),
             _row("settings", settings or "none"),
             "Figures: median (least to greatest; number of samples).",
