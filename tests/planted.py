@@ -38,12 +38,12 @@ def no_causal_mask(patch: Patch) -> None:
     def attend_to_all(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(queries_BTHK, keys_BTGK, values_BTGK, is_causal=False)
 
-    patch(transformer, "_causal_attention", attend_to_all)
+    patch(transformer, "causal_attention", attend_to_all)
 
 
 def one_block_leaks(patch: Patch) -> None:
     """The third of four blocks of queries sees itself whole."""
-    causal_attention = transformer._causal_attention
+    causal_attention = transformer.causal_attention
 
     def leaking(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK: jax.Array) -> jax.Array:
         attended = causal_attention(queries_BTHK, keys_BTGK, values_BTGK)
@@ -53,7 +53,7 @@ def one_block_leaks(patch: Patch) -> None:
         )
         return attended.at[:, start:end].set(whole)
 
-    patch(transformer, "_causal_attention", leaking)
+    patch(transformer, "causal_attention", leaking)
 
 
 def logits_not_finite(patch: Patch) -> None:

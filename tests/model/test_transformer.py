@@ -183,23 +183,6 @@ def test_each_layer_calls_flash_attention_forward_and_backward(monkeypatch):
         assert len(re.findall(r"custom_call @__cudnn\$fmha\w*", lowered(function))) == calls * config.num_layers
 
 
-@pytest.mark.parametrize("length", [1, 3, 16, 21])
-def test_attention_in_blocks_is_attention(length):
-    keys = jax.random.split(jax.random.key(0), 3)
-    queries, k, v = (jax.random.normal(key, (2, length, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True))
-    expected = jax.nn.dot_product_attention(queries, k, v, is_causal=True, implementation="xla")
-    np.testing.assert_allclose(transformer._causal_attention(queries, k, v), expected, atol=2e-6)
-
-
-def test_a_row_times_a_matrix_in_parts_is_the_plain_product():
-    rng = np.random.default_rng(0)
-    for width_in, width_out in ((8, 5), (448, 1344), (6, 4)):
-        row = rng.standard_normal((1, 1, width_in), np.float32)
-        matrix = rng.standard_normal((width_in, width_out), np.float32)
-        product = transformer._multiply(jnp.array(row), jnp.array(matrix))
-        np.testing.assert_allclose(product, row @ matrix, rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddings, num_kv_heads, tokens_BT):

@@ -206,3 +206,20 @@ def test_on_x86_every_product_of_many_updates_goes_to_onednn(tiny_config):
     assert in_all > 0
     assert with_onednn == (in_all if platform.machine() == "x86_64" else 0)
     assert products(for_many_updates=False)[1] == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"tie_embeddings": False}])
+def test_in_bfloat16_no_product_of_a_cpu_is_left_to_conversion(tiny_config, changes):
+    """Forward and backward: operands in bf16 and results in float32, which is what its instructions for bf16 do."""
+    config = change(tiny_config, "model", dtype="bfloat16", **changes)
+    optimizer = make_optimizer(config)
+    state = jax.eval_shape(lambda: init_state(config, optimizer))
+    step: Any = make_train_step(config, optimizer, for_many_updates=True)
+    lowered = step.lower(state, jax.ShapeDtypeStruct((4, 17), np.int32), NO_ARTICLES_V)
+    types = re.findall(
+        r"dot_general .*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>", lowered.as_text()
+    )
+    # Four products a layer, and two in each of four blocks of attention; their gradients are two for each.
+    assert len(types) >= config.model.num_layers * 3 * (4 + 2 * 4)
+    assert set(types) == {("bf16", "bf16", "f32")}
+    assert "__onednn_fusion" not in lowered.compile().as_text()

@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tinystories_jax.config import ModelConfig
+from tinystories_jax.model.attention import causal_attention, uses_flash_attention
+from tinystories_jax.model.products import multiply
 
 Params = dict[str, Any]
+Array = jax.Array | np.ndarray
 
 _INIT_STD = 0.02
 _INIT_OWN_SHARE = 0.03
 _NORM_EPSILON = 1e-5
-_NUM_QUERY_BLOCKS = 4
-_NUM_PARTS = 4
 
 
 class LayerCache(NamedTuple):
@@ -195,7 +197,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
         """Returns normalised hidden_BTD, and each layer's keys_BTGK (rotated) and values_BTGK."""
         hidden_BTD = self._embed(tokens_BT)
-        rotation = _rotation(jnp.arange(tokens_BT.shape[1])[None], self.config)
+        rotation = _rotation(np.arange(tokens_BT.shape[1])[None], self.config)
         keys_and_values = []
         for index, layer in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
@@ -242,7 +244,7 @@ class DecoderLayer(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], dropout_key: jax.Array | None
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         kernels = self.kernels()
         attended_BTD, keys_and_values = self.self_attn(self.input_layernorm(hidden_BTD), rotation, kernels.attention_DX)
@@ -253,7 +255,7 @@ class DecoderLayer(nnx.Module):
     def cached(
         self,
         hidden_BTD: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
+        rotation: tuple[Array, Array],
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
@@ -290,7 +292,7 @@ class Attention(nnx.Module):
         return _join_kernels(self.config, self.q_proj, self.k_proj, self.v_proj)
 
     def __call__(
-        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], kernel_DX: jax.Array
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernel_DX: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernel_DX)
         if uses_flash_attention(self.config, jax.devices()[0]):
@@ -298,13 +300,13 @@ class Attention(nnx.Module):
                 queries_BTHK, keys_BTGK, values_BTGK, is_causal=True, implementation="cudnn"
             )
         else:
-            attended_BTHK = _causal_attention(queries_BTHK, keys_BTGK, values_BTGK)
+            attended_BTHK = causal_attention(queries_BTHK, keys_BTGK, values_BTGK)
         return self._output(attended_BTHK), (keys_BTGK, values_BTGK)
 
     def cached(
         self,
         hidden_BTD: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
+        rotation: tuple[Array, Array],
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
@@ -322,18 +324,18 @@ class Attention(nnx.Module):
         return self._output(attended_NRK.reshape(queries_BTHK.shape)), cache
 
     def _project(
-        self, hidden_BTD: jax.Array, rotation: tuple[jax.Array, jax.Array], kernel_DX: jax.Array
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernel_DX: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         heads = (*hidden_BTD.shape[:2], -1, self.config.head_dim)
         query_width = self.config.num_heads * self.config.head_dim
         kv_width = self.config.num_kv_heads * self.config.head_dim
-        projected_BTX = _multiply(hidden_BTD, kernel_DX)
+        projected_BTX = multiply(hidden_BTD, kernel_DX)
         queries, keys, values = jnp.split(projected_BTX, [query_width, query_width + kv_width], axis=-1)
         return _rotate(queries.reshape(heads), rotation), _rotate(keys.reshape(heads), rotation), values.reshape(heads)
 
     def _output(self, attended_BTHK: jax.Array) -> jax.Array:
         attended = attended_BTHK.reshape(*attended_BTHK.shape[:2], -1)
-        return _multiply(attended, _join_kernels(self.config, self.o_proj))
+        return multiply(attended, _join_kernels(self.config, self.o_proj))
 
 
 class FeedForward(nnx.Module):
@@ -350,8 +352,8 @@ class FeedForward(nnx.Module):
         return _join_kernels(self.config, self.gate_proj, self.up_proj)
 
     def __call__(self, hidden_BTD: jax.Array, kernel_DX: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = jnp.split(_multiply(hidden_BTD, kernel_DX), 2, axis=-1)
-        return _multiply(jax.nn.silu(gate_BTF) * up_BTF, _join_kernels(self.config, self.down_proj))
+        gate_BTF, up_BTF = jnp.split(multiply(hidden_BTD, kernel_DX), 2, axis=-1)
+        return multiply(jax.nn.silu(gate_BTF) * up_BTF, _join_kernels(self.config, self.down_proj))
 
 
 def _run_layer(layer: DecoderLayer, *arguments: Any) -> Any:
@@ -385,62 +387,20 @@ def _join_kernels(config: ModelConfig, *layers: nnx.Linear) -> jax.Array:
     return jnp.concatenate([layer.kernel[...].astype(config.dtype) for layer in layers], axis=1)
 
 
-def _multiply(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Returns rows (..., D) times a matrix (D, F)."""
-    width_in, width_out = matrix.shape
-    if rows.size != width_in or width_in % _NUM_PARTS or jax.default_backend() != "cpu":
-        return rows @ matrix
-    # A single row, as when one text is written. XLA's CPU backend goes through such a matrix in one thread, at half of
-    # the rate at which memory could give it; several products at once it spreads over the threads.
-    parts = (_NUM_PARTS, width_in // _NUM_PARTS)
-    products = jnp.einsum("PD,PDF->PF", rows.reshape(parts), matrix.reshape(*parts, width_out))
-    return products.sum(axis=0).reshape(*rows.shape[:-1], width_out)
+def _rotation(positions_BT: Array, config: ModelConfig) -> tuple[Array, Array]:
+    """Returns float32 cosines and sines (B, T, 1, K/2) of the rotary angles (Su et al. 2021, arXiv:2104.09864).
 
-
-def uses_flash_attention(config: ModelConfig, device: Any) -> bool:
-    """Returns whether `device` runs cuDNN's flash attention for this model: CUDA from Ampere on, bfloat16, and a head
-    width that is a multiple of 8 up to 128. Asking for it elsewhere raises."""
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return False
-    fits = config.dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
-    return fits and float(device.compute_capability) >= 8.0
-
-
-def _causal_attention(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK: jax.Array) -> jax.Array:
-    """Returns attended_BTHK in plain products, by blocks of queries that see only the keys before their end.
-
-    Half of the square that jax.nn.dot_product_attention computes is never touched; on a CPU the whole training step is
-    about a quarter faster.
+    Of positions in NumPy they are in NumPy, and so constants in the compiled program: XLA would compute those of every
+    head and layer anew.
     """
-    length, num_heads, head_dim = queries_BTHK.shape[1:]
-    # Query heads that share a key/value head stand next to each other, as in Llama.
-    keys_BTHK, values_BTHK = (
-        jnp.repeat(shared, num_heads // shared.shape[2], axis=2) for shared in (keys_BTGK, values_BTGK)
-    )
-    queries_BHTK = jnp.swapaxes(queries_BTHK, 1, 2) * head_dim**-0.5
-    keys_BHKS, values_BHSK = jnp.transpose(keys_BTHK, (0, 2, 3, 1)), jnp.swapaxes(values_BTHK, 1, 2)
-    block = -(-length // _NUM_QUERY_BLOCKS)
-    attended = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        scores_BHTS = jnp.matmul(
-            queries_BHTK[:, :, start:end], keys_BHKS[..., :end], preferred_element_type=jnp.float32
-        )
-        seen_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
-        weights_BHTS = jax.nn.softmax(jnp.where(seen_TS[None, None], scores_BHTS, -jnp.inf), axis=-1)
-        attended.append(weights_BHTS.astype(values_BHSK.dtype) @ values_BHSK[:, :, :end])
-    return jnp.swapaxes(jnp.concatenate(attended, axis=2), 1, 2)
+    functions = np if isinstance(positions_BT, np.ndarray) else jnp
+    exponents = np.arange(config.head_dim // 2) / (config.head_dim // 2)
+    frequencies = (config.rope_theta**-exponents).astype(np.float32)
+    angles = positions_BT.astype(np.float32)[:, :, None, None] * frequencies[None, None, None]
+    return functions.cos(angles), functions.sin(angles)
 
 
-def _rotation(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns float32 cosines and sines (B, T, 1, K/2) of the rotary angles (Su et al. 2021, arXiv:2104.09864)."""
-    exponents = jnp.arange(config.head_dim // 2, dtype=jnp.float32) / (config.head_dim // 2)
-    frequencies = config.rope_theta**-exponents
-    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(heads_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+def _rotate(heads_BTHK: jax.Array, rotation: tuple[Array, Array]) -> jax.Array:
     """Rotates pairs (k, k + K/2): the half-split form that Hugging Face's Llama uses, so that export is a rename."""
     cosines, sines = rotation
     first, second = jnp.split(heads_BTHK.astype(jnp.float32), 2, axis=-1)

@@ -32,8 +32,9 @@ from tinystories_jax.evaluation.checker import checker_problem
 from tinystories_jax.evaluation.grammar import score_stories
 from tinystories_jax.evaluation.samples import check_prompts, write_stories
 from tinystories_jax.evaluation.validation import article_mask, validate
+from tinystories_jax.model.attention import uses_flash_attention
 from tinystories_jax.model.generate import Sampling
-from tinystories_jax.model.transformer import Params, num_params, uses_flash_attention
+from tinystories_jax.model.transformer import Params, num_params
 from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.jsonl import JsonLines

@@ -59,14 +59,16 @@ def make_train_step(config: Config, optimizer: optax.MultiSteps, *, for_many_upd
     """Returns the jitted `train_step(state, block, article_mask_V)`; the given state's buffers are reused (donated).
 
     block: int32 (batch, sequence_length + 1); article_mask_V: True for the IDs of a / an / the. `for_many_updates`: on
-    an x86 processor products then go to oneDNN. An update takes less time (docs/benchmarks.md), but JAX cannot keep
-    such a program for the next start, which spends the time of a few updates on compiling it again.
+    an x86 processor products in float32 then go to oneDNN. An update takes less time (docs/benchmarks.md), but JAX
+    cannot keep such a program for the next start, which spends the time of a few updates on compiling it again. In
+    bf16 XLA's own are faster.
     """
     assert config.schedule is not None
     schedule = optim.learning_rate_schedule(config.optim, config.schedule)
     step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
     options = None
-    if for_many_updates and jax.default_backend() == "cpu" and platform.machine() == "x86_64":
+    on_x86 = jax.default_backend() == "cpu" and platform.machine() == "x86_64"
+    if for_many_updates and on_x86 and config.model.dtype == "float32":
         options = _X86_OPTIONS
         warnings.filterwarnings("ignore", _NOT_KEPT)
     return jax.jit(step, donate_argnums=0, compiler_options=options)

@@ -14,8 +14,9 @@ from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.validation import article_mask
+from tinystories_jax.model.attention import uses_flash_attention
 from tinystories_jax.model.loss import next_token_loss, num_pieces
-from tinystories_jax.model.transformer import num_params, uses_flash_attention
+from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.memory import compile_step, is_out_of_memory, read_memory
 from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization, split_flops_per_token
 from tinystories_jax.training.optim import make_optimizer

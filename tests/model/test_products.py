@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinystories_jax.model.products import einsum, multiply
+
+
+def make_operands(width_in, width_out, num_rows, dtype="float32"):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((1, num_rows, width_in), np.float32)
+    matrix = rng.standard_normal((width_in, width_out), np.float32)
+    return jnp.array(rows).astype(dtype), jnp.array(matrix).astype(dtype)
+
+
+@pytest.mark.parametrize(("width_in", "width_out"), [(8, 5), (448, 1344), (6, 4)])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_product_is_the_plain_product(width_in, width_out, num_rows):
+    rows, matrix = make_operands(width_in, width_out, num_rows)
+    np.testing.assert_allclose(multiply(rows, matrix), rows @ matrix, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_in_bfloat16_products_and_their_gradients_are_rounded_once(num_rows):
+    """Each is the nearest bf16 of the sum in float32, so at most half of a last place away."""
+    rows, matrix = make_operands(448, 96, num_rows, "bfloat16")
+    product, gradients = jax.vjp(multiply, rows, matrix)
+    exact_rows, exact_matrix = rows.astype(jnp.float32), matrix.astype(jnp.float32)
+    exact, exact_gradients = jax.vjp(jnp.matmul, exact_rows, exact_matrix)
+    grads = jnp.ones_like(product) * 0.75
+    pairs = zip((product, *gradients(grads)), (exact, *exact_gradients(grads.astype(jnp.float32))), strict=True)
+    for rounded, plain in pairs:
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_allclose(rounded.astype(jnp.float32), plain, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU gets products in bf16 as they are")
+def test_a_cpu_gets_products_of_bfloat16_with_results_in_float32():
+    rows, matrix = make_operands(8, 5, 2, "bfloat16")
+    lowered = jax.jit(lambda rows, matrix: einsum("BTD,DF->BTF", rows, matrix)).lower(rows, matrix).as_text()
+    assert "(tensor<1x2x8xbf16>, tensor<8x5xbf16>) -> tensor<1x2x5xf32>" in lowered

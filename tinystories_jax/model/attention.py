@@ -1,0 +1,99 @@
+"""Causal attention over whole texts: where cuDNN's runs, and our own in plain products for everywhere else."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tinystories_jax.config import ModelConfig
+from tinystories_jax.model.products import einsum
+
+_NUM_QUERY_BLOCKS = 4
+
+_Saved = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], jax.Array]
+
+
+def uses_flash_attention(config: ModelConfig, device: Any) -> bool:
+    """Returns whether `device` runs cuDNN's flash attention for this model: CUDA from Ampere on, bfloat16, and a head
+    width that is a multiple of 8 up to 128. Asking for it elsewhere raises."""
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    fits = config.dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return fits and float(device.compute_capability) >= 8.0
+
+
+def causal_attention(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK: jax.Array) -> jax.Array:
+    """Returns attended_BTHK, by blocks of queries that see only the keys before their end.
+
+    Half of the square that jax.nn.dot_product_attention computes is never touched.
+    """
+    num_heads, head_dim = queries_BTHK.shape[2:]
+    # Query heads that share a key/value head stand next to each other, as in Llama.
+    keys_BHSK, values_BHSK = (
+        jnp.swapaxes(jnp.repeat(shared, num_heads // shared.shape[2], axis=2), 1, 2)
+        for shared in (keys_BTGK, values_BTGK)
+    )
+    queries_BHTK = jnp.swapaxes(queries_BTHK, 1, 2) * head_dim**-0.5
+    return jnp.swapaxes(_attend(queries_BHTK, keys_BHSK, values_BHSK), 1, 2)
+
+
+@jax.custom_vjp
+def _attend(queries_BHTK: jax.Array, keys_BHSK: jax.Array, values_BHSK: jax.Array) -> jax.Array:
+    attended_BHTK, _ = _attend_and_save(queries_BHTK, keys_BHSK, values_BHSK)
+    return attended_BHTK
+
+
+def _attend_and_save(queries_BHTK: jax.Array, keys_BHSK: jax.Array, values_BHSK: jax.Array) -> tuple[jax.Array, _Saved]:
+    weights, attended = [], []
+    for start, end in _blocks(queries_BHTK.shape[2]):
+        scores_BHTS = jnp.einsum(
+            "BHTK,BHSK->BHTS", queries_BHTK[:, :, start:end], keys_BHSK[:, :, :end], preferred_element_type=jnp.float32
+        )
+        seen_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
+        weights_BHTS = jax.nn.softmax(jnp.where(seen_TS[None, None], scores_BHTS, -jnp.inf), axis=-1)
+        weights.append(weights_BHTS.astype(values_BHSK.dtype))
+        attended.append(einsum("BHTS,BHSK->BHTK", weights[-1], values_BHSK[:, :, :end]))
+    attended_BHTK = jnp.concatenate(attended, axis=2)
+    return attended_BHTK, (queries_BHTK, keys_BHSK, values_BHSK, weights, attended_BHTK)
+
+
+def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients by queries, keys and values.
+
+    JAX's own would add up arrays of the whole length for each block, with keys across: on a CPU that takes longer than
+    the products. The sum of weights x their gradients, which softmax subtracts, is that of attended x its gradients
+    (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
+    """
+    queries_BHTK, keys_BHSK, values_BHSK, weights, attended_BHTK = saved
+    sums_BHT = jnp.einsum("BHTK,BHTK->BHT", grads_BHTK, attended_BHTK, preferred_element_type=jnp.float32)
+    query_grads = []
+    key_grads_BHSK = value_grads_BHSK = jnp.zeros(keys_BHSK.shape, jnp.float32)
+    for (start, end), weights_BHTS in zip(_blocks(queries_BHTK.shape[2]), weights, strict=True):
+        block_grads_BHTK = grads_BHTK[:, :, start:end]
+        weight_grads_BHTS = jnp.einsum(
+            "BHTK,BHSK->BHTS", block_grads_BHTK, values_BHSK[:, :, :end], preferred_element_type=jnp.float32
+        )
+        score_grads_BHTS = weights_BHTS * (weight_grads_BHTS - sums_BHT[:, :, start:end, None])
+        score_grads_BHTS = score_grads_BHTS.astype(weights_BHTS.dtype)
+        query_grads.append(einsum("BHTS,BHSK->BHTK", score_grads_BHTS, keys_BHSK[:, :, :end]))
+        key_grads_BHSK, value_grads_BHSK = (
+            total_BHSK.at[:, :, :end].add(
+                jnp.einsum("BHTS,BHTK->BHSK", by_BHTS, of_BHTK, preferred_element_type=jnp.float32)
+            )
+            for total_BHSK, by_BHTS, of_BHTK in (
+                (key_grads_BHSK, score_grads_BHTS, queries_BHTK[:, :, start:end]),
+                (value_grads_BHSK, weights_BHTS, block_grads_BHTK),
+            )
+        )
+    key_grads_BHSK, value_grads_BHSK = (
+        total_BHSK.astype(keys_BHSK.dtype) for total_BHSK in (key_grads_BHSK, value_grads_BHSK)
+    )
+    return jnp.concatenate(query_grads, axis=2), key_grads_BHSK, value_grads_BHSK
+
+
+_attend.defvjp(_attend_and_save, _attend_gradients)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    block = -(-length // _NUM_QUERY_BLOCKS)
+    return [(start, min(start + block, length)) for start in range(0, length, block)]
