@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.num_layers = 4
     config.model.num_heads = 4  # heads of 32
     config.model.d_ff = 384  # 3 x d_model
-    config.model.dtype = "float32"  # CPUs have no fast bfloat16
+    config.model.dtype = "float32"  # few CPUs have a fast bfloat16
     config.train.batch_size = 32
     config.train.grad_accum_steps = 1
     config.train.max_updates = 400  # 3.3 M tokens, about 2 epochs of 7,000 stories

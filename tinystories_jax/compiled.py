@@ -1,6 +1,6 @@
 """Keeps compiled programs on the disk, so that the second start of a config need not compile them. JAX does the work.
 
-All but one: the training step of an x86 processor cannot be kept (training/steps.py).
+All but one: the training step in float32 of an x86 processor cannot be kept (training/steps.py).
 """
 
 import hashlib

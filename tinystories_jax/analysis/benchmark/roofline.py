@@ -3,6 +3,7 @@
 Williams et al. 2009, doi:10.1145/1498765.1498785: a program takes at least FLOPs / rate and at least bytes / bandwidth.
 """
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tinystories_jax.analysis.benchmark.timing import Spread, spread_of, take_samples
+from tinystories_jax.model.products import einsum
 
 # Large enough to leave every cache, and to fill the device.
 _COPY_BYTES, _COPY_BYTES_ON_CPU = 2**32, 2**29
@@ -90,7 +92,7 @@ def _measure_copy(num_bytes: int) -> Spread:
 
 def _measure_matmul(width: int, dtype: str) -> Spread:
     matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype))
-    multiply = jax.jit(jnp.matmul)
+    multiply = jax.jit(functools.partial(einsum, "NK,KM->NM"))
     return _time(lambda: jax.block_until_ready(multiply(matrix, matrix))).rate(2 * width**3)
 
 
