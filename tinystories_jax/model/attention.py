@@ -76,19 +76,16 @@ def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, 
         score_grads_BHTS = weights_BHTS * (weight_grads_BHTS - sums_BHT[:, :, start:end, None])
         score_grads_BHTS = score_grads_BHTS.astype(weights_BHTS.dtype)
         query_grads.append(einsum("BHTS,BHSK->BHTK", score_grads_BHTS, keys_BHSK[:, :, :end]))
-        key_grads_BHSK, value_grads_BHSK = (
-            total_BHSK.at[:, :, :end].add(
-                jnp.einsum("BHTS,BHTK->BHSK", by_BHTS, of_BHTK, preferred_element_type=jnp.float32)
-            )
-            for total_BHSK, by_BHTS, of_BHTK in (
-                (key_grads_BHSK, score_grads_BHTS, queries_BHTK[:, :, start:end]),
-                (value_grads_BHSK, weights_BHTS, block_grads_BHTK),
-            )
-        )
-    key_grads_BHSK, value_grads_BHSK = (
-        total_BHSK.astype(keys_BHSK.dtype) for total_BHSK in (key_grads_BHSK, value_grads_BHSK)
-    )
-    return jnp.concatenate(query_grads, axis=2), key_grads_BHSK, value_grads_BHSK
+        key_grads_BHSK = _add_product(key_grads_BHSK, score_grads_BHTS, queries_BHTK[:, :, start:end])
+        value_grads_BHSK = _add_product(value_grads_BHSK, weights_BHTS, block_grads_BHTK)
+    dtype = keys_BHSK.dtype
+    return jnp.concatenate(query_grads, axis=2), key_grads_BHSK.astype(dtype), value_grads_BHSK.astype(dtype)
+
+
+def _add_product(total_BHSK: jax.Array, by_BHTS: jax.Array, of_BHTK: jax.Array) -> jax.Array:
+    """Returns the total with what a block of queries adds to the keys, or values, that it has seen."""
+    product_BHSK = jnp.einsum("BHTS,BHTK->BHSK", by_BHTS, of_BHTK, preferred_element_type=jnp.float32)
+    return total_BHSK.at[:, :, : product_BHSK.shape[2]].add(product_BHSK)
 
 
 _attend.defvjp(_attend_and_save, _attend_gradients)
