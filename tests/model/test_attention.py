@@ -6,11 +6,11 @@ import pytest
 from tinystories_jax.model.attention import causal_attention
 
 
-def make_inputs(length, dtype="float32"):
+def make_inputs(length):
     """Queries, keys, values and gradients of what is attended: 4 query heads of width 8, 2 of keys and values."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((2, length, num_heads, 8) for num_heads in (4, 2, 2, 4))
-    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def plain_attention(queries, keys, values):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinystories_jax.model.products import einsum, multiply
+from tinystories_jax.model.products import multiply, rounded_einsum
 
 
 def make_operands(width_in, width_out, num_rows, dtype="float32"):
@@ -37,5 +37,5 @@ def test_in_bfloat16_products_and_their_gradients_are_rounded_once(num_rows):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU gets products in bf16 as they are")
 def test_a_cpu_gets_products_of_bfloat16_with_results_in_float32():
     rows, matrix = make_operands(8, 5, 2, "bfloat16")
-    lowered = jax.jit(lambda rows, matrix: einsum("BTD,DF->BTF", rows, matrix)).lower(rows, matrix).as_text()
+    lowered = jax.jit(lambda rows, matrix: rounded_einsum("BTD,DF->BTF", rows, matrix)).lower(rows, matrix).as_text()
     assert "(tensor<1x2x8xbf16>, tensor<8x5xbf16>) -> tensor<1x2x5xf32>" in lowered

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tinystories_jax.config import ModelConfig
-from tinystories_jax.model.products import einsum
+from tinystories_jax.model.products import rounded_einsum
 
 _NUM_QUERY_BLOCKS = 4
 
@@ -52,7 +52,7 @@ def _attend_and_save(queries_BHTK: jax.Array, keys_BHSK: jax.Array, values_BHSK:
         seen_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
         weights_BHTS = jax.nn.softmax(jnp.where(seen_TS[None, None], scores_BHTS, -jnp.inf), axis=-1)
         weights.append(weights_BHTS.astype(values_BHSK.dtype))
-        attended.append(einsum("BHTS,BHSK->BHTK", weights[-1], values_BHSK[:, :, :end]))
+        attended.append(rounded_einsum("BHTS,BHSK->BHTK", weights[-1], values_BHSK[:, :, :end]))
     attended_BHTK = jnp.concatenate(attended, axis=2)
     return attended_BHTK, (queries_BHTK, keys_BHSK, values_BHSK, weights, attended_BHTK)
 
@@ -75,7 +75,7 @@ def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, 
         )
         score_grads_BHTS = weights_BHTS * (weight_grads_BHTS - sums_BHT[:, :, start:end, None])
         score_grads_BHTS = score_grads_BHTS.astype(weights_BHTS.dtype)
-        query_grads.append(einsum("BHTS,BHSK->BHTK", score_grads_BHTS, keys_BHSK[:, :, :end]))
+        query_grads.append(rounded_einsum("BHTS,BHSK->BHTK", score_grads_BHTS, keys_BHSK[:, :, :end]))
         key_grads_BHSK = _add_product(key_grads_BHSK, score_grads_BHTS, queries_BHTK[:, :, start:end])
         value_grads_BHSK = _add_product(value_grads_BHSK, weights_BHTS, block_grads_BHTK)
     dtype = keys_BHSK.dtype

@@ -8,7 +8,7 @@ of the gradient before the next. Nor does evaluation, which would else need more
 import jax
 import jax.numpy as jnp
 
-from tinystories_jax.model.products import einsum
+from tinystories_jax.model.products import rounded_einsum
 from tinystories_jax.model.transformer import logits
 
 _NUM_CHUNKS = 8
@@ -78,7 +78,7 @@ def _loss_and_gradients(
         grads_BCV = (jnp.exp(logits_BCV - log_sums_BC[..., None]) - is_target_BCV) * shares_BC[..., None]
         grads_BCV = grads_BCV.astype(hidden_BTD.dtype)
         output_grad_DV += jnp.einsum("BCD,BCV->DV", hidden_BCD, grads_BCV, preferred_element_type=jnp.float32)
-        hidden_grad_BCD = einsum("BCV,DV->BCD", grads_BCV, output_DV)
+        hidden_grad_BCD = rounded_einsum("BCV,DV->BCD", grads_BCV, output_DV)
         return (loss + jnp.sum(shares_BC * losses_BC), output_grad_DV), (losses_BC, hidden_grad_BCD)
 
     # Summed in float32 also where the activations are bf16, in which small gradients would be lost.

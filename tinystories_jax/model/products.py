@@ -20,7 +20,7 @@ def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
     return _multiply_rounded(rows.reshape(-1, width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
 
 
-def einsum(subscripts: str, left: Any, right: Any) -> jax.Array:
+def rounded_einsum(subscripts: str, left: Any, right: Any) -> jax.Array:
     """Returns `jnp.einsum` of two arrays in their dtype, from sums in float32.
 
     Processors with instructions for bf16 multiply it at twice the rate of float32, but XLA's CPU backend uses them only
@@ -45,7 +45,7 @@ def _multiply_in_parts(row_D: jax.Array, matrix_DF: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _multiply_rounded(rows_ND: jax.Array, matrix_DF: jax.Array) -> jax.Array:
     """JAX would differentiate the product as it is before rounding: gradients in float32, and so their products."""
-    return einsum("ND,DF->NF", rows_ND, matrix_DF)
+    return rounded_einsum("ND,DF->NF", rows_ND, matrix_DF)
 
 
 def _keep_operands(rows_ND: jax.Array, matrix_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -54,7 +54,7 @@ def _keep_operands(rows_ND: jax.Array, matrix_DF: jax.Array) -> tuple[jax.Array,
 
 def _multiply_gradients(operands: tuple[jax.Array, jax.Array], grads_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows_ND, matrix_DF = operands
-    return einsum("NF,DF->ND", grads_NF, matrix_DF), einsum("ND,NF->DF", rows_ND, grads_NF)
+    return rounded_einsum("NF,DF->ND", grads_NF, matrix_DF), rounded_einsum("ND,NF->DF", rows_ND, grads_NF)
 
 
 _multiply_rounded.defvjp(_keep_operands, _multiply_gradients)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tinystories_jax.analysis.benchmark.timing import Spread, spread_of, take_samples
-from tinystories_jax.model.products import einsum
+from tinystories_jax.model.products import rounded_einsum
 
 # Large enough to leave every cache, and to fill the device.
 _COPY_BYTES, _COPY_BYTES_ON_CPU = 2**32, 2**29
@@ -92,7 +92,7 @@ def _measure_copy(num_bytes: int) -> Spread:
 
 def _measure_matmul(width: int, dtype: str) -> Spread:
     matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype))
-    multiply = jax.jit(functools.partial(einsum, "NK,KM->NM"))
+    multiply = jax.jit(functools.partial(rounded_einsum, "NK,KM->NM"))
     return _time(lambda: jax.block_until_ready(multiply(matrix, matrix))).rate(2 * width**3)
 
 
