@@ -15,9 +15,14 @@ def make_operands(width_in, width_out, num_rows, dtype="float32"):
 
 @pytest.mark.parametrize(("width_in", "width_out"), [(8, 5), (448, 1344), (6, 4)])
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_a_product_is_the_plain_product(width_in, width_out, num_rows):
+def test_a_product_and_its_gradients_are_the_plain_ones(width_in, width_out, num_rows):
     rows, matrix = make_operands(width_in, width_out, num_rows)
-    np.testing.assert_allclose(multiply(rows, matrix), rows @ matrix, rtol=1e-5, atol=1e-4)
+    product, gradients = jax.vjp(multiply, rows, matrix)
+    plain, plain_gradients = jax.vjp(jnp.matmul, rows, matrix)
+    grads = jnp.cos(plain)
+    pairs = zip((product, *gradients(grads)), (plain, *plain_gradients(grads)), strict=True)
+    for ours, expected in pairs:
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -32,6 +37,13 @@ def test_in_bfloat16_products_and_their_gradients_are_rounded_once(num_rows):
     for rounded, plain in pairs:
         assert rounded.dtype == jnp.bfloat16
         np.testing.assert_allclose(rounded.astype(jnp.float32), plain, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form of a CPU")
+def test_a_cpu_multiplies_for_a_matrix_gradient_without_transposing_the_rows():
+    rows, matrix = make_operands(8, 5, 3)
+    gradients = jax.jit(lambda rows, matrix: jax.vjp(multiply, rows, matrix)[1](jnp.ones((1, 3, 5))))
+    assert "transpose" not in gradients.lower(rows, matrix).as_text()
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU gets products in bf16 as they are")

@@ -15,9 +15,7 @@ def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
         return rows @ matrix_DF
     if rows.size == width_in and width_in % _NUM_PARTS == 0:
         return _multiply_in_parts(rows.reshape(width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
-    if rows.dtype == jnp.float32:
-        return rows @ matrix_DF
-    return _multiply_rounded(rows.reshape(-1, width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
+    return _multiply_rows(rows.reshape(-1, width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
 
 
 def rounded_einsum(subscripts: str, left: Any, right: Any) -> jax.Array:
@@ -43,13 +41,15 @@ def _multiply_in_parts(row_D: jax.Array, matrix_DF: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _multiply_rounded(rows_ND: jax.Array, matrix_DF: jax.Array) -> jax.Array:
-    """JAX would differentiate the product as it is before rounding: gradients in float32, and so their products."""
+def _multiply_rows(rows_ND: jax.Array, matrix_DF: jax.Array) -> jax.Array:
+    """With gradients of its own. JAX would differentiate the product as it is before rounding: gradients in float32,
+    and so their products. And it would make the matrix's gradient transposed, for which XLA's CPU backend first
+    transposes the gradients of all rows."""
     return rounded_einsum("ND,DF->NF", rows_ND, matrix_DF)
 
 
 def _keep_operands(rows_ND: jax.Array, matrix_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _multiply_rounded(rows_ND, matrix_DF), (rows_ND, matrix_DF)
+    return _multiply_rows(rows_ND, matrix_DF), (rows_ND, matrix_DF)
 
 
 def _multiply_gradients(operands: tuple[jax.Array, jax.Array], grads_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -57,4 +57,4 @@ def _multiply_gradients(operands: tuple[jax.Array, jax.Array], grads_NF: jax.Arr
     return rounded_einsum("NF,DF->ND", grads_NF, matrix_DF), rounded_einsum("ND,NF->DF", rows_ND, grads_NF)
 
 
-_multiply_rounded.defvjp(_keep_operands, _multiply_gradients)
+_multiply_rows.defvjp(_keep_operands, _multiply_gradients)
