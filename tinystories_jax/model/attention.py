@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.products import rounded_einsum
 
-_NUM_QUERY_BLOCKS = 4
+_BLOCK_LENGTH = 128
+_FEWEST_BLOCKS = 4
+_MOST_BLOCKS = 16
 
 _Saved = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], jax.Array]
 
@@ -92,5 +94,8 @@ _attend.defvjp(_attend_and_save, _attend_gradients)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    block = -(-length // _NUM_QUERY_BLOCKS)
+    # A block computes the square on its diagonal whole, so a long context needs more blocks for the same waste; but
+    # each is compiled on its own.
+    num_blocks = min(max(_FEWEST_BLOCKS, length // _BLOCK_LENGTH), _MOST_BLOCKS)
+    block = -(-length // num_blocks)
     return [(start, min(start + block, length)) for start in range(0, length, block)]
