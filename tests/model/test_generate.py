@@ -1,5 +1,6 @@
 """The decode loop against the full forward, and its filters against plain NumPy."""
 
+import dataclasses
 import itertools
 import re
 from typing import Any
@@ -44,6 +45,16 @@ def greedy_by_full_forward(params, prompt, num_new):
 
 def test_greedy_equals_repeated_full_forwards_for_unequal_prompts(params):
     assert write(params, temperature=0.0) == [greedy_by_full_forward(params, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
+def test_a_cpu_writes_in_float32(params):
+    in_bfloat16 = dataclasses.replace(CONFIG, dtype="bfloat16")
+    texts = generate(params, PROMPTS, in_bfloat16, Sampling(), key=jax.random.key(0), **LIMITS)
+    assert texts == write(params)
+    # Not since bf16 makes no difference here.
+    padded = jnp.array([PROMPTS[0]])
+    assert not np.allclose(FORWARD(params, padded, CONFIG), FORWARD(params, padded, in_bfloat16), atol=1e-3)
 
 
 def test_texts_outgrow_the_first_cache(params):

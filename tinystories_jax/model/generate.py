@@ -6,7 +6,7 @@ Everything a token needs (logits, filters, the draw) stays on the device; the ho
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -139,6 +139,7 @@ def generate_chunks(
 
     The rows draw as rows `first_row`, `first_row` + 1, ... of a larger batch would.
     """
+    config = decode_config(config)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     _check_prompts(lengths, context_length, max_new_tokens)
     # The compiled programs depend on batch size and bucket only, never on the prompts' lengths.
@@ -171,6 +172,16 @@ def generate_chunks(
         yield [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
         if finished.all():
             return
+
+
+def decode_config(config: ModelConfig) -> ModelConfig:
+    """Returns the config that texts are written with: on a CPU in float32.
+
+    XLA's CPU backend converts the cache from bf16 for each token, and multiplies a single row with a matrix in bf16 at
+    less than half of the rate in bytes: writing is slower than in float32, and more so the longer the text
+    (docs/benchmarks.md).
+    """
+    return replace(config, dtype="float32") if jax.default_backend() == "cpu" else config
 
 
 def _num_groups(batch_size: int) -> int:

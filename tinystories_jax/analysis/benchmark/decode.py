@@ -9,7 +9,7 @@ import jax
 from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, num_new_tokens
 from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples
 from tinystories_jax.config import Config
-from tinystories_jax.model.generate import Sampling, generate_chunks
+from tinystories_jax.model.generate import Sampling, decode_config, generate_chunks
 from tinystories_jax.model.transformer import Params, init_params
 
 _NO_TOKEN = -1  # as the end token: every text gets all its tokens
@@ -21,7 +21,7 @@ def measure_decode(config: Config, batch_sizes: tuple[int, ...], seconds: float)
     """Returns the figures of writing with fresh parameters; all but positions are sampled for about `seconds` each."""
     params = _make_params(config)
     return {
-        "dtype": config.model.dtype,
+        "dtype": decode_config(config.model).dtype,
         "prompt_length": PROMPT_LENGTH,
         "batches": [time_decoding(config, rows, seconds, params) for rows in batch_sizes],
         "first_token": _time_first_tokens(config, seconds, params),

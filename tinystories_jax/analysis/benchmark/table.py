@@ -72,7 +72,7 @@ def _format_train(train: dict[str, Any]) -> list[str]:
 
 
 def _format_decode(decode: dict[str, Any]) -> list[str]:
-    lines = []
+    lines = [_row("activations", decode["dtype"])]
     for batch in decode["batches"]:
         lines.append(
             _row(
