@@ -39,7 +39,7 @@ def test_in_bfloat16_products_and_their_gradients_are_rounded_once(num_rows):
         np.testing.assert_allclose(rounded.astype(jnp.float32), plain, rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the form of a CPU")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU gets products as they are")
 def test_a_cpu_multiplies_for_a_matrix_gradient_without_transposing_the_rows():
     rows, matrix = make_operands(8, 5, 3)
     gradients = jax.jit(lambda rows, matrix: jax.vjp(multiply, rows, matrix)[1](jnp.ones((1, 3, 5))))
