@@ -14,7 +14,14 @@ from tests.model.test_transformer import CONFIG
 from tinystories_jax.errors import UserError
 from tinystories_jax.model import generate as generate_module
 from tinystories_jax.model.generate import Sampling, generate, generate_chunks
-from tinystories_jax.model.transformer import decode_weights, forward, init_kv_cache, init_params
+from tinystories_jax.model.transformer import (
+    decode_step,
+    decode_weights,
+    forward,
+    init_kv_cache,
+    init_params,
+    prefill,
+)
 
 PROMPTS = [[0, 5, 9, 33], [0], [0, 7, 7, 7, 7, 7, 7, 7, 7]]
 FORWARD = jax.jit(forward, static_argnames="config")
@@ -48,13 +55,46 @@ def test_greedy_equals_repeated_full_forwards_for_unequal_prompts(params):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
-def test_a_cpu_writes_in_float32(params):
+def test_a_cpu_writes_a_single_text_in_float32(params):
     in_bfloat16 = dataclasses.replace(CONFIG, dtype="bfloat16")
-    texts = generate(params, PROMPTS, in_bfloat16, Sampling(), key=jax.random.key(0), **LIMITS)
-    assert texts == write(params)
+    for prompt in PROMPTS:
+        text = generate(params, [prompt], in_bfloat16, Sampling(), key=jax.random.key(0), **LIMITS)
+        assert text == write(params, [prompt])
     # That says something: the logits of the two differ.
     padded = jnp.array([PROMPTS[0]])
     assert not np.allclose(FORWARD(params, padded, CONFIG), FORWARD(params, padded, in_bfloat16), atol=1e-3)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
+def test_a_cpu_multiplies_several_texts_with_matrices_in_bfloat16(params):
+    """All matrices, in products with results in float32; the cache stays in float32."""
+    batch_size, cache_length = 3, 40
+    program = lower_decode_until(params, batch_size, cache_length, matrix_dtype="bfloat16").as_text()
+    operands = re.findall(r"stablehlo.dot_general .*: \((.*)\) -> tensor<(.*)>", program)
+    in_bfloat16 = [types for types, result in operands if types.count("xbf16>") == 2 and result.endswith("xf32")]
+    of_the_cache = [types for types, _ in operands if f"{cache_length}x" in types and types.count("xf32>") == 2]
+    assert len(in_bfloat16) == 4 * CONFIG.num_layers + 1
+    assert len(of_the_cache) == 2 * CONFIG.num_layers
+    assert len(operands) == len(in_bfloat16) + len(of_the_cache)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
+def test_matrices_in_bfloat16_give_the_logits_of_float32_but_for_rounding(params):
+    weights = decode_weights(params, CONFIG, dtype="bfloat16")
+    tokens_BT, lengths_B = jnp.array([[5, 9, 33, 8], [7, 7, 2, 0]]), jnp.array([3, 2])
+    full_BTV, rows = FORWARD(params, tokens_BT, CONFIG), jnp.arange(2)
+    logits_BV, cache = prefill(weights, tokens_BT, lengths_B, CONFIG, cache_length=6)
+    bound = 0.02 * float(jnp.abs(full_BTV).max())
+    np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B - 1], atol=bound)
+    logits_BV, _ = decode_step(weights, tokens_BT[rows, lengths_B], lengths_B, cache, CONFIG)
+    np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B], atol=bound)
+
+
+@pytest.mark.parametrize(("batch_size", "dtype"), [(1, "float32"), (2, "bfloat16"), (32, "bfloat16")])
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
+def test_a_cpu_takes_the_matrices_of_the_config_for_several_texts(batch_size, dtype):
+    assert generate_module.matrix_dtype(dataclasses.replace(CONFIG, dtype="bfloat16"), batch_size) == dtype
+    assert generate_module.matrix_dtype(CONFIG, batch_size) == "float32"
 
 
 def test_texts_outgrow_the_first_cache(params):
@@ -224,10 +264,7 @@ def test_prompt_lengths_and_sampling_values_compile_a_handful_of_programs(params
     assert programs._decode_until._cache_size() <= 2
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_cache_is_written_in_place(params, batch_size):
-    """Copies of it for every token would be a large part of the time that a token takes."""
-    cache_length = 160
+def lower_decode_until(params, batch_size, cache_length, *, matrix_dtype):
     state = generate_module.DecodeState(
         jax.random.split(jax.random.key(0), batch_size),
         jnp.zeros((batch_size, 48), jnp.int32),
@@ -239,9 +276,15 @@ def test_the_cache_is_written_in_place(params, batch_size):
     draw = generate_module._Draw(jnp.float32(1), jnp.int32(97), jnp.float32(1), jnp.float32(1))
     filters = generate_module._Filters(greedy=True, truncate=False, penalize=False)
     jitted: Any = generate_module._decode_until
-    program = jitted.lower(
-        decode_weights(params, CONFIG), state, np.int32(9), draw, config=CONFIG, filters=filters, end_token=0
-    ).compile()
+    weights = decode_weights(params, CONFIG, dtype=matrix_dtype)
+    return jitted.lower(weights, state, np.int32(9), draw, config=CONFIG, filters=filters, end_token=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_cache_is_written_in_place(params, batch_size):
+    """Copies of it for every token would be a large part of the time that a token takes."""
+    cache_length = 160
+    program = lower_decode_until(params, batch_size, cache_length, matrix_dtype="float32").compile()
     loops = [part for part in program.as_text().split("\n\n") if " dot(" in part or "dot_general" in part]
     assert any(str(cache_length) in loop for loop in loops)
     copies = [

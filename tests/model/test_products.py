@@ -39,6 +39,15 @@ def test_in_bfloat16_products_and_their_gradients_are_rounded_once(num_rows):
         np.testing.assert_allclose(rounded.astype(jnp.float32), plain, rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_rows_in_float32_times_a_matrix_in_bfloat16_are_summed_and_given_in_float32(num_rows):
+    rows, matrix = make_operands(448, 96, num_rows)
+    product = multiply(rows, matrix.astype(jnp.bfloat16))
+    rounded_rows, rounded_matrix = (array.astype(jnp.bfloat16).astype(jnp.float32) for array in (rows, matrix))
+    assert product.dtype == jnp.float32
+    np.testing.assert_allclose(product, rounded_rows @ rounded_matrix, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU gets products as they are")
 def test_a_cpu_multiplies_for_a_matrix_gradient_without_transposing_the_rows():
     rows, matrix = make_operands(8, 5, 3)

@@ -188,10 +188,10 @@ def test_each_layer_calls_flash_attention_forward_and_backward(monkeypatch):
 def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddings, num_kv_heads, tokens_BT):
     config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings, num_kv_heads=num_kv_heads)
     params = init_params(config, jax.random.key(2))
-    weights = decode_weights(params, config)
+    weights = decode_weights(params, config, dtype="float32")
     full_BTV = forward(params, tokens_BT, config)
     rows, lengths_B = jnp.arange(3), jnp.array([1, 12, 7])
-    logits_BV, cache = prefill(params, tokens_BT[:, :12], lengths_B, config, cache_length=20)
+    logits_BV, cache = prefill(weights, tokens_BT[:, :12], lengths_B, config, cache_length=20)
     np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B - 1], atol=2e-6)
     for positions_B in (lengths_B + step for step in range(8)):
         logits_BV, cache = decode_step(weights, tokens_BT[rows, positions_B], positions_B, cache, config)
@@ -199,7 +199,7 @@ def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddi
 
 
 def test_decoding_from_an_empty_cache_equals_the_full_forward(params, tokens_BT):
-    cache, weights = init_kv_cache(CONFIG, 3, 20), decode_weights(params, CONFIG)
+    cache, weights = init_kv_cache(CONFIG, 3, 20), decode_weights(params, CONFIG, dtype="float32")
     full_BTV = forward(params, tokens_BT, CONFIG)
     for position in range(4):
         positions_B = jnp.full(3, position)

@@ -126,12 +126,12 @@ def _decode_differences(
     """Returns the largest difference of logits after the prompts, and after each of `new_tokens` - 1 tokens more."""
     context, rows = small.data.sequence_length, np.arange(len(lengths_B))
     room = context + new_tokens
+    weights = transformer.decode_weights(params, small.model, dtype=small.model.dtype)
     prefill = jax.jit(functools.partial(transformer.prefill, config=small.model, cache_length=room))
     decode_step = jax.jit(functools.partial(transformer.decode_step, config=small.model))
     prompts_BT = np.where(np.arange(context)[None] < lengths_B[:, None], tokens_BT, END_OF_STORY_ID)
-    logits_BV, cache = prefill(params, prompts_BT, jnp.asarray(lengths_B))
+    logits_BV, cache = prefill(weights, prompts_BT, jnp.asarray(lengths_B))
     differences = [float(np.abs(logits_BV - full_BTV[rows, lengths_B - 1]).max())]
-    weights = transformer.decode_weights(params, small.model)
     for step in range(new_tokens - 1):
         positions_B = lengths_B + step
         logits_BV, cache = decode_step(weights, tokens_BT[rows, positions_B], jnp.asarray(positions_B), cache)

@@ -139,6 +139,7 @@ def generate_chunks(
 
     The rows draw as rows `first_row`, `first_row` + 1, ... of a larger batch would.
     """
+    dtype = matrix_dtype(config, len(prompts))
     config = decode_config(config)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     _check_prompts(lengths, context_length, max_new_tokens)
@@ -155,11 +156,11 @@ def generate_chunks(
     max_new_tokens = min(max_new_tokens, context_length)
     room, most_room = _SMALLEST_ROOM, -(-max_new_tokens // _SMALLEST_ROOM) * _SMALLEST_ROOM
     array_lengths = {"context_length": context_length, "cache_length": prompt_bucket + room}
+    weights = _decode_weights(params, config=config, dtype=dtype)
     states = [
-        _start(params, tokens_BT[rows], lengths[rows], row_keys_B[rows], **array_lengths, **common)
+        _start(weights, tokens_BT[rows], lengths[rows], row_keys_B[rows], **array_lengths, **common)
         for rows in np.split(np.arange(len(prompts)), _num_groups(len(prompts)))
     ]
-    weights = _decode_weights(params, config=config)
     decode_until = functools.partial(_decode_until, weights, **common)
     for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
         while room < until:
@@ -175,13 +176,23 @@ def generate_chunks(
 
 
 def decode_config(config: ModelConfig) -> ModelConfig:
-    """Returns the config that texts are written with: on a CPU in float32.
+    """Returns the config that texts are written with: on a CPU with activations and cache in float32.
 
     XLA's CPU backend converts the cache from bf16 for each token, and multiplies a single row with a matrix in bf16 at
     less than half of the rate in bytes: writing is slower than in float32, and more so the longer the text
     (docs/benchmarks.md).
     """
     return replace(config, dtype="float32") if jax.default_backend() == "cpu" else config
+
+
+def matrix_dtype(config: ModelConfig, batch_size: int) -> str:
+    """Returns the dtype of the matrices and of the products with them: the config's, but on a CPU float32 for a single
+    row.
+
+    Several rows take 1.1 to 1.4 times as long in float32: their products have instructions for bf16, and memory gives
+    half of the bytes (docs/benchmarks.md).
+    """
+    return decode_config(config).dtype if batch_size == 1 else config.dtype
 
 
 def _num_groups(batch_size: int) -> int:
@@ -226,7 +237,7 @@ def _trace_sampling(sampling: Sampling, vocab_size: int) -> tuple[_Draw, _Filter
 
 @functools.partial(jax.jit, static_argnames=("config", "filters", "end_token", "context_length", "cache_length"))
 def _start(
-    params: Params,
+    weights: DecodeWeights,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     row_keys_B: jax.Array,
@@ -238,14 +249,14 @@ def _start(
     context_length: int,
     cache_length: int,
 ) -> DecodeState:
-    logits_BV, cache = prefill(params, tokens_BT, lengths_B, config, cache_length=cache_length)
+    logits_BV, cache = prefill(weights, tokens_BT, lengths_B, config, cache_length=cache_length)
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, context_length - tokens_BT.shape[1])))
     finished_B = jnp.zeros(lengths_B.shape, bool)
     state = DecodeState(row_keys_B, tokens_BT, lengths_B, finished_B, jnp.int32(0), cache)
     return _append(state, logits_BV, draw, filters, end_token)
 
 
-_decode_weights = jax.jit(decode_weights, static_argnames="config")
+_decode_weights = jax.jit(decode_weights, static_argnames=("config", "dtype"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "filters", "end_token"), donate_argnames="state")

@@ -49,19 +49,23 @@ class KVCache(NamedTuple):
 
 
 class LayerKernels(NamedTuple):
-    """Matrices of one layer side by side that multiply the same vectors, for one large product in place of several:
-    those of queries, keys and values, and those of gate and up. In the activations' dtype."""
+    """The matrices of one layer as its products take them. Those that multiply the same vectors (queries, keys and
+    values; gate and up) stand side by side, for one large product in place of several."""
 
-    attention_DX: jax.Array
-    feed_forward_DX: jax.Array
+    attention_in_DX: jax.Array
+    attention_out_XD: jax.Array
+    feed_forward_in_DX: jax.Array
+    feed_forward_out_FD: jax.Array
 
 
 class DecodeWeights(NamedTuple):
-    """What a decode step reads besides the cache: made once for all tokens, since joining matrices takes as long as one
-    or two of them."""
+    """What writing reads besides the cache: all matrices in the dtype of their products, made once for all tokens,
+    since joining or converting matrices takes as long as one or two of them. Of `params` only vectors are read, and
+    rows of the embedding."""
 
     params: Params
     layers: list[LayerKernels]
+    output_DV: jax.Array
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -95,26 +99,27 @@ def hidden_and_output(
 
 
 def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
-    """Returns float32 logits (..., V): the last product accumulates in float32 whatever the activations are."""
-    return jnp.einsum("...D,DV->...V", hidden, output_DV, preferred_element_type=jnp.float32)
+    """Returns float32 logits (..., V): a product in the matrix's dtype that accumulates in float32."""
+    return jnp.einsum("...D,DV->...V", hidden.astype(output_DV.dtype), output_DV, preferred_element_type=jnp.float32)
 
 
-def decode_weights(params: Params, config: ModelConfig) -> DecodeWeights:
-    """Returns what `decode_step` takes."""
+def decode_weights(params: Params, config: ModelConfig, *, dtype: str) -> DecodeWeights:
+    """Returns what `prefill` and `decode_step` take, with matrices and their products in `dtype`."""
     model = _bind(params, config)
-    return DecodeWeights(params, [layer.kernels() for layer in model.layers])
+    matrices = [layer.kernels() for layer in model.layers], model.output_matrix()
+    return DecodeWeights(params, *jax.tree.map(lambda matrix: matrix.astype(dtype), matrices))
 
 
 def prefill(
-    params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, config: ModelConfig, *, cache_length: int
+    weights: DecodeWeights, tokens_BT: jax.Array, lengths_B: jax.Array, config: ModelConfig, *, cache_length: int
 ) -> tuple[jax.Array, KVCache]:
     """Returns float32 logits_BV after each prompt's last token, and the cache that holds the prompts.
 
     `tokens_BT` is padded on the right; `lengths_B` counts the real tokens, at least 1. The padding has slots of its
     own, which are never seen; `cache_length` is T and room for what is to be written.
     """
-    model = _bind(params, config)
-    hidden_BTD, keys_and_values = model.hidden(tokens_BT)
+    model = _bind(weights.params, config)
+    hidden_BTD, keys_and_values = model.hidden(tokens_BT, weights.layers)
     layers = [
         LayerCache(_join_heads(jnp.transpose(keys_BTGK, (0, 2, 3, 1))), _join_heads(jnp.swapaxes(values_BTGK, 1, 2)))
         for keys_BTGK, values_BTGK in keys_and_values
@@ -123,7 +128,7 @@ def prefill(
     seen_BS = jnp.arange(prompt_length)[None] < lengths_B[:, None]
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     cache = grow_kv_cache(KVCache(layers, seen_BS, jnp.int32(prompt_length)), cache_length)
-    return logits(last_BD, model.output_matrix()), cache
+    return logits(last_BD, weights.output_DV), cache
 
 
 def decode_step(
@@ -135,7 +140,7 @@ def decode_step(
     """
     model = _bind(weights.params, config)
     hidden_BTD, cache = model.hidden_cached(tokens_B[:, None], positions_B, cache, weights.layers)
-    return logits(hidden_BTD[:, 0], model.output_matrix()), cache
+    return logits(hidden_BTD[:, 0], weights.output_DV), cache
 
 
 def grow_kv_cache(cache: KVCache, cache_length: int) -> KVCache:
@@ -193,16 +198,23 @@ class Transformer(nnx.Module):
             self.lm_head = _linear(config, config.d_model, config.vocab_size, rngs)
 
     def hidden(
-        self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        kernels: list[LayerKernels] | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-        """Returns normalised hidden_BTD, and each layer's keys_BTGK (rotated) and values_BTGK."""
+        """Returns normalised hidden_BTD, and each layer's keys_BTGK (rotated) and values_BTGK; from the layers' own
+        kernels where none are given."""
         hidden_BTD = self._embed(tokens_BT)
         rotation = _rotation(np.arange(tokens_BT.shape[1])[None], self.config)
         keys_and_values = []
         for index, layer in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             # jax.checkpoint sees the layer's parameters as closed-over arrays: kept, while activations are recomputed.
-            run = jax.checkpoint(functools.partial(_run_layer, layer)) if self.config.remat else layer
+            run = functools.partial(_run_layer, layer, kernels[index] if kernels else None)
+            if self.config.remat:
+                run = jax.checkpoint(run)
             hidden_BTD, layer_keys_and_values = run(hidden_BTD, rotation, key)
             keys_and_values.append(layer_keys_and_values)
         return self.norm(hidden_BTD), keys_and_values
@@ -237,6 +249,7 @@ class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.input_layernorm = _rms_norm(config, rngs)
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = _rms_norm(config, rngs)
@@ -244,12 +257,15 @@ class DecoderLayer(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], dropout_key: jax.Array | None
+        self,
+        hidden_BTD: jax.Array,
+        rotation: tuple[Array, Array],
+        kernels: LayerKernels,
+        dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        kernels = self.kernels()
-        attended_BTD, keys_and_values = self.self_attn(self.input_layernorm(hidden_BTD), rotation, kernels.attention_DX)
+        attended_BTD, keys_and_values = self.self_attn(self.input_layernorm(hidden_BTD), rotation, kernels)
         hidden_BTD = hidden_BTD + self._drop(attended_BTD, dropout_key, 0)
-        fed_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD), kernels.feed_forward_DX)
+        fed_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD), kernels)
         return hidden_BTD + self._drop(fed_BTD, dropout_key, 1), keys_and_values
 
     def cached(
@@ -262,13 +278,23 @@ class DecoderLayer(nnx.Module):
         kernels: LayerKernels,
     ) -> tuple[jax.Array, LayerCache]:
         attended_BTD, cache = self.self_attn.cached(
-            self.input_layernorm(hidden_BTD), rotation, slot, seen_NS, cache, kernels.attention_DX
+            self.input_layernorm(hidden_BTD), rotation, slot, seen_NS, cache, kernels
         )
         hidden_BTD = hidden_BTD + attended_BTD
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD), kernels.feed_forward_DX), cache
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD), kernels), cache
 
     def kernels(self) -> LayerKernels:
-        return LayerKernels(self.self_attn.input_kernel(), self.mlp.input_kernel())
+        """Returns the layer's own matrices, in the activations' dtype."""
+        attention, mlp = self.self_attn, self.mlp
+        return LayerKernels(
+            attention_in_DX=self._join(attention.q_proj, attention.k_proj, attention.v_proj),
+            attention_out_XD=self._join(attention.o_proj),
+            feed_forward_in_DX=self._join(mlp.gate_proj, mlp.up_proj),
+            feed_forward_out_FD=self._join(mlp.down_proj),
+        )
+
+    def _join(self, *matrices: nnx.Linear) -> jax.Array:
+        return jnp.concatenate([matrix.kernel[...].astype(self.config.dtype) for matrix in matrices], axis=1)
 
     def _drop(self, hidden_BTD: jax.Array, key: jax.Array | None, branch: int) -> jax.Array:
         if key is None:
@@ -287,21 +313,17 @@ class Attention(nnx.Module):
         self.v_proj = _linear(config, config.d_model, kv_width, rngs)
         self.o_proj = _linear(config, query_width, config.d_model, rngs, std=_residual_std(config))
 
-    def input_kernel(self) -> jax.Array:
-        """Returns what `__call__` and `cached` take as kernel_DX."""
-        return _join_kernels(self.config, self.q_proj, self.k_proj, self.v_proj)
-
     def __call__(
-        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernel_DX: jax.Array
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernels: LayerKernels
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernel_DX)
+        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernels)
         if uses_flash_attention(self.config, jax.devices()[0]):
             attended_BTHK = jax.nn.dot_product_attention(
                 queries_BTHK, keys_BTGK, values_BTGK, is_causal=True, implementation="cudnn"
             )
         else:
             attended_BTHK = causal_attention(queries_BTHK, keys_BTGK, values_BTGK)
-        return self._output(attended_BTHK), (keys_BTGK, values_BTGK)
+        return self._output(attended_BTHK, kernels), (keys_BTGK, values_BTGK)
 
     def cached(
         self,
@@ -310,9 +332,9 @@ class Attention(nnx.Module):
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
-        kernel_DX: jax.Array,
+        kernels: LayerKernels,
     ) -> tuple[jax.Array, LayerCache]:
-        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernel_DX)
+        queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernels)
         cache = _write(cache, _join_heads(keys_BTGK[:, 0]), _join_heads(values_BTGK[:, 0]), slot)
         # R query heads share a key/value head; they stand next to each other, as in Llama.
         queries_NRK = queries_BTHK.reshape(cache.keys_NKS.shape[0], -1, self.config.head_dim)
@@ -321,40 +343,34 @@ class Attention(nnx.Module):
         # Softmax in float32: bf16 has 8 significant bits, and the tail is what sampling draws from.
         weights_NRS = jax.nn.softmax(scores_NRS, axis=-1).astype(hidden_BTD.dtype)
         attended_NRK = jnp.einsum("NRS,NSK->NRK", weights_NRS, cache.values_NSK)
-        return self._output(attended_NRK.reshape(queries_BTHK.shape)), cache
+        return self._output(attended_NRK.reshape(queries_BTHK.shape), kernels), cache
 
     def _project(
-        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernel_DX: jax.Array
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernels: LayerKernels
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         heads = (*hidden_BTD.shape[:2], -1, self.config.head_dim)
         query_width = self.config.num_heads * self.config.head_dim
         kv_width = self.config.num_kv_heads * self.config.head_dim
-        projected_BTX = multiply(hidden_BTD, kernel_DX)
+        projected_BTX = multiply(hidden_BTD, kernels.attention_in_DX)
         queries, keys, values = jnp.split(projected_BTX, [query_width, query_width + kv_width], axis=-1)
         return _rotate(queries.reshape(heads), rotation), _rotate(keys.reshape(heads), rotation), values.reshape(heads)
 
-    def _output(self, attended_BTHK: jax.Array) -> jax.Array:
-        attended = attended_BTHK.reshape(*attended_BTHK.shape[:2], -1)
-        return multiply(attended, _join_kernels(self.config, self.o_proj))
+    def _output(self, attended_BTHK: jax.Array, kernels: LayerKernels) -> jax.Array:
+        return multiply(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1), kernels.attention_out_XD)
 
 
 class FeedForward(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
         self.gate_proj = _linear(config, config.d_model, config.d_ff, rngs)
         self.up_proj = _linear(config, config.d_model, config.d_ff, rngs)
         self.down_proj = _linear(config, config.d_ff, config.d_model, rngs, std=_residual_std(config))
 
-    def input_kernel(self) -> jax.Array:
-        """Returns what `__call__` takes as kernel_DX."""
-        return _join_kernels(self.config, self.gate_proj, self.up_proj)
-
-    def __call__(self, hidden_BTD: jax.Array, kernel_DX: jax.Array) -> jax.Array:
+    def __call__(self, hidden_BTD: jax.Array, kernels: LayerKernels) -> jax.Array:
         # The backward pass computes what is between the products again, which takes less time than to read it.
-        gated_BTF = jax.checkpoint(_gate)(multiply(hidden_BTD, kernel_DX))
-        return multiply(gated_BTF, _join_kernels(self.config, self.down_proj))
+        gated_BTF = jax.checkpoint(_gate)(multiply(hidden_BTD, kernels.feed_forward_in_DX))
+        return multiply(gated_BTF, kernels.feed_forward_out_FD)
 
 
 def _gate(gate_and_up_BTX: jax.Array) -> jax.Array:
@@ -362,8 +378,14 @@ def _gate(gate_and_up_BTX: jax.Array) -> jax.Array:
     return jax.nn.silu(gate_BTF) * up_BTF
 
 
-def _run_layer(layer: DecoderLayer, *arguments: Any) -> Any:
-    return layer(*arguments)
+def _run_layer(
+    layer: DecoderLayer,
+    kernels: LayerKernels | None,
+    hidden_BTD: jax.Array,
+    rotation: tuple[Array, Array],
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return layer(hidden_BTD, rotation, layer.kernels() if kernels is None else kernels, dropout_key)
 
 
 def _embedding_std(config: ModelConfig) -> float:
@@ -386,11 +408,6 @@ def _linear(config: ModelConfig, width_in: int, width_out: int, rngs: nnx.Rngs, 
     return nnx.Linear(
         width_in, width_out, use_bias=False, dtype=jnp.dtype(config.dtype), kernel_init=initializer, rngs=rngs
     )
-
-
-def _join_kernels(config: ModelConfig, *layers: nnx.Linear) -> jax.Array:
-    """Returns the layers' matrices side by side, in the activations' dtype."""
-    return jnp.concatenate([layer.kernel[...].astype(config.dtype) for layer in layers], axis=1)
 
 
 def _rotation(positions_BT: Array, config: ModelConfig) -> tuple[Array, Array]:

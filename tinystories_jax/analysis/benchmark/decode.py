@@ -9,7 +9,7 @@ import jax
 from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, num_new_tokens
 from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples
 from tinystories_jax.config import Config
-from tinystories_jax.model.generate import Sampling, decode_config, generate_chunks
+from tinystories_jax.model.generate import Sampling, decode_config, generate_chunks, matrix_dtype
 from tinystories_jax.model.transformer import Params, init_params
 
 _NO_TOKEN = -1  # as the end token: every text gets all its tokens
@@ -41,6 +41,7 @@ def time_decoding(config: Config, rows: int, seconds: float, params: Params | No
     took = spread_of(take_samples(write, seconds=seconds))
     return {
         "rows": rows,
+        "matrix_dtype": matrix_dtype(config.model, rows),
         "new_tokens": new_tokens,
         "compile_seconds": max(first_call - took.median, 0.0),
         "token_seconds": took.scaled(1 / new_tokens)._asdict(),

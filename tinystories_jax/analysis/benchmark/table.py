@@ -78,7 +78,7 @@ def _format_decode(decode: dict[str, Any]) -> list[str]:
             _row(
                 f"batch {batch['rows']}, {batch['new_tokens']} tokens",
                 f"{_rate(batch['tokens_per_second'])} in all, {_milliseconds(batch['token_seconds'], 3)} "
-                f"a step; compile time {batch['compile_seconds']:.1f} s",
+                f"a step; matrices in {batch['matrix_dtype']}; compile time {batch['compile_seconds']:.1f} s",
             )
         )
     for first in decode["first_token"]:
