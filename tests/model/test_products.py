@@ -1,9 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinystories_jax.model.products import multiply, rounded_einsum
+from tinystories_jax.model.products import multiply, rounded_einsum, sum_outer_products
 
 
 def make_operands(width_in, width_out, num_rows, dtype="float32"):
@@ -60,3 +62,28 @@ def test_a_cpu_gets_products_of_bfloat16_with_results_in_float32():
     rows, matrix = make_operands(8, 5, 2, "bfloat16")
     lowered = jax.jit(lambda rows, matrix: rounded_einsum("BTD,DF->BTF", rows, matrix)).lower(rows, matrix).as_text()
     assert "(tensor<1x2x8xbf16>, tensor<8x5xbf16>) -> tensor<1x2x5xf32>" in lowered
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64,), (3, 12), (2, 1), (7,)])
+def test_sums_of_outer_products_are_the_plain_ones(shape, dtype):
+    """Also where pieces of 8 rows do not come out even."""
+    rng = np.random.default_rng(0)
+    left, right = (jnp.array(rng.standard_normal((*shape, width)), dtype) for width in (5, 6))
+    sums = sum_outer_products(left, right)
+    assert sums.dtype == jnp.float32
+    plain = np.swapaxes(left.astype(jnp.float32), -1, -2) @ np.asarray(right.astype(jnp.float32))
+    np.testing.assert_allclose(sums, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies bf16 as it is")
+def test_a_cpu_sums_outer_products_of_bfloat16_without_converting_them():
+    left, right = jnp.ones((512, 64), jnp.bfloat16), jnp.ones((512, 128), jnp.bfloat16)
+
+    def conversions(function):
+        return jax.jit(function).lower(left, right).compile().as_text().count("convert(")
+
+    assert conversions(sum_outer_products) == 0
+    # That says something: the plain form converts both.
+    plain = functools.partial(jnp.einsum, "NX,NY->XY", preferred_element_type=jnp.float32)
+    assert conversions(plain) == 2

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tinystories_jax.config import ModelConfig
-from tinystories_jax.model.products import rounded_einsum
+from tinystories_jax.model.products import rounded_einsum, sum_outer_products
 
 _BLOCK_LENGTH = 128
 _FEWEST_BLOCKS = 4
@@ -86,7 +86,7 @@ def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, 
 
 def _add_product(total_BHSK: jax.Array, by_BHTS: jax.Array, of_BHTK: jax.Array) -> jax.Array:
     """Returns the total with what a block of queries adds to the keys, or values, that it has seen."""
-    product_BHSK = jnp.einsum("BHTS,BHTK->BHSK", by_BHTS, of_BHTK, preferred_element_type=jnp.float32)
+    product_BHSK = sum_outer_products(by_BHTS, of_BHTK)
     return total_BHSK.at[:, :, : product_BHSK.shape[2]].add(product_BHSK)
 
 
