@@ -69,7 +69,8 @@ def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, 
     queries_BHTK, keys_BHSK, values_BHSK, weights, attended_BHTK = saved
     sums_BHT = jnp.einsum("BHTK,BHTK->BHT", grads_BHTK, attended_BHTK, preferred_element_type=jnp.float32)
     query_grads = []
-    key_grads_BHSK = value_grads_BHSK = jnp.zeros(keys_BHSK.shape, jnp.float32)
+    batch_size, num_heads, length, head_dim = keys_BHSK.shape
+    key_grads_BHKS = value_grads_BHKS = jnp.zeros((batch_size, num_heads, head_dim, length), jnp.float32)
     for (start, end), weights_BHTS in zip(_blocks(queries_BHTK.shape[2]), weights, strict=True):
         block_grads_BHTK = grads_BHTK[:, :, start:end]
         weight_grads_BHTS = jnp.einsum(
@@ -78,16 +79,21 @@ def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, 
         score_grads_BHTS = weights_BHTS * (weight_grads_BHTS - sums_BHT[:, :, start:end, None])
         score_grads_BHTS = score_grads_BHTS.astype(weights_BHTS.dtype)
         query_grads.append(rounded_einsum("BHTS,BHSK->BHTK", score_grads_BHTS, keys_BHSK[:, :, :end]))
-        key_grads_BHSK = _add_product(key_grads_BHSK, score_grads_BHTS, queries_BHTK[:, :, start:end])
-        value_grads_BHSK = _add_product(value_grads_BHSK, weights_BHTS, block_grads_BHTK)
-    dtype = keys_BHSK.dtype
-    return jnp.concatenate(query_grads, axis=2), key_grads_BHSK.astype(dtype), value_grads_BHSK.astype(dtype)
+        key_grads_BHKS = _add_product(key_grads_BHKS, queries_BHTK[:, :, start:end], score_grads_BHTS)
+        value_grads_BHKS = _add_product(value_grads_BHKS, block_grads_BHTK, weights_BHTS)
+    key_grads_BHSK, value_grads_BHSK = (
+        jnp.swapaxes(grads_BHKS, 2, 3).astype(keys_BHSK.dtype) for grads_BHKS in (key_grads_BHKS, value_grads_BHKS)
+    )
+    return jnp.concatenate(query_grads, axis=2), key_grads_BHSK, value_grads_BHSK
 
 
-def _add_product(total_BHSK: jax.Array, by_BHTS: jax.Array, of_BHTK: jax.Array) -> jax.Array:
-    """Returns the total with what a block of queries adds to the keys, or values, that it has seen."""
-    product_BHSK = sum_outer_products(by_BHTS, of_BHTK)
-    return total_BHSK.at[:, :, : product_BHSK.shape[2]].add(product_BHSK)
+def _add_product(total_BHKS: jax.Array, of_BHTK: jax.Array, by_BHTS: jax.Array) -> jax.Array:
+    """Returns the total with what a block of queries adds to the keys, or values, that it has seen.
+
+    Keys stand last: XLA's CPU backend transposes the first operand of such a product, and this one is the smaller.
+    """
+    product_BHKS = sum_outer_products(of_BHTK, by_BHTS)
+    return total_BHKS.at[..., : product_BHKS.shape[3]].add(product_BHKS)
 
 
 _attend.defvjp(_attend_and_save, _attend_gradients)
