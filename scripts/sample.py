@@ -56,7 +56,8 @@ def main() -> None:
         for row, prompt in enumerate(prompts):
             print(separator * bool(row) + prompt, end="", flush=True)
             shown = len(prompt)
-            for story in stream_story(params, meta.tokenizer, meta.config, prompt, sampling, row=row, **limits):
+            place = {"row": row, "num_rows": len(prompts)}
+            for story in stream_story(params, meta.tokenizer, meta.config, prompt, sampling, **place, **limits):
                 print(story.text[shown:], end="", flush=True)
                 shown = len(story.text)
             stories.append(story)

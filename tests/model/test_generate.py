@@ -24,6 +24,7 @@ from tinystories_jax.model.transformer import (
 )
 
 PROMPTS = [[0, 5, 9, 33], [0], [0, 7, 7, 7, 7, 7, 7, 7, 7]]
+IN_BFLOAT16 = dataclasses.replace(CONFIG, dtype="bfloat16")
 FORWARD = jax.jit(forward, static_argnames="config")
 LIMITS = {"end_token": 0, "context_length": 48, "max_new_tokens": 12}
 
@@ -37,6 +38,10 @@ def params():
 def write(params, prompts=PROMPTS, *, seed=0, **changes):
     sampling = Sampling(**{name: changes.pop(name) for name in list(changes) if name not in LIMITS})
     return generate(params, prompts, CONFIG, sampling, key=jax.random.key(seed), **(LIMITS | changes))
+
+
+def write_in_bfloat16(params, prompts, **changes):
+    return generate(params, prompts, IN_BFLOAT16, Sampling(), key=jax.random.key(0), **(LIMITS | changes))
 
 
 def greedy_by_full_forward(params, prompt, num_new):
@@ -55,19 +60,27 @@ def test_greedy_equals_repeated_full_forwards_for_unequal_prompts(params):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
-def test_a_cpu_writes_a_single_text_in_float32(params):
-    in_bfloat16 = dataclasses.replace(CONFIG, dtype="bfloat16")
-    for prompt in PROMPTS:
-        text = generate(params, [prompt], in_bfloat16, Sampling(), key=jax.random.key(0), **LIMITS)
-        assert text == write(params, [prompt])
+def test_a_cpu_writes_a_few_texts_in_float32(params):
+    assert write_in_bfloat16(params, PROMPTS) == write(params)
     # That says something: the logits of the two differ.
     padded = jnp.array([PROMPTS[0]])
-    assert not np.allclose(FORWARD(params, padded, CONFIG), FORWARD(params, padded, in_bfloat16), atol=1e-3)
+    assert not np.allclose(FORWARD(params, padded, CONFIG), FORWARD(params, padded, IN_BFLOAT16), atol=1e-3)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
-def test_a_cpu_multiplies_several_texts_with_matrices_in_bfloat16(params):
-    """All matrices, in products with results in float32; the cache stays in float32."""
+def test_a_cpu_writes_many_texts_with_matrices_in_bfloat16(params):
+    prompts = [[0, number] for number in range(1, 17)]
+    texts = write_in_bfloat16(params, prompts, end_token=-1)
+    in_float32 = write(params, prompts, end_token=-1)
+    assert sum(ours != plain for ours, plain in zip(texts, in_float32, strict=True)) >= 2
+    # Half of them, told that they are part of 16, are multiplied alike.
+    assert write_in_bfloat16(params, prompts[:8], end_token=-1, num_rows=16) == texts[:8]
+    assert write_in_bfloat16(params, prompts[:8], end_token=-1) == in_float32[:8]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
+def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
+    """All products with them have results in float32; the cache stays in float32."""
     batch_size, cache_length = 3, 40
     program = lower_decode_until(params, batch_size, cache_length, matrix_dtype="bfloat16").as_text()
     operands = re.findall(r"stablehlo.dot_general .*: \((.*)\) -> tensor<(.*)>", program)
@@ -78,7 +91,6 @@ def test_a_cpu_multiplies_several_texts_with_matrices_in_bfloat16(params):
     assert len(operands) == len(in_bfloat16) + len(of_the_cache)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
 def test_matrices_in_bfloat16_give_the_logits_of_float32_but_for_rounding(params):
     weights = decode_weights(params, CONFIG, dtype="bfloat16")
     tokens_BT, lengths_B = jnp.array([[5, 9, 33, 8], [7, 7, 2, 0]]), jnp.array([3, 2])
@@ -88,13 +100,6 @@ def test_matrices_in_bfloat16_give_the_logits_of_float32_but_for_rounding(params
     np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B - 1], atol=bound)
     logits_BV, _ = decode_step(weights, tokens_BT[rows, lengths_B], lengths_B, cache, CONFIG)
     np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B], atol=bound)
-
-
-@pytest.mark.parametrize(("batch_size", "dtype"), [(1, "float32"), (2, "bfloat16"), (32, "bfloat16")])
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
-def test_a_cpu_takes_the_matrices_of_the_config_for_several_texts(batch_size, dtype):
-    assert generate_module.matrix_dtype(dataclasses.replace(CONFIG, dtype="bfloat16"), batch_size) == dtype
-    assert generate_module.matrix_dtype(CONFIG, batch_size) == "float32"
 
 
 def test_texts_outgrow_the_first_cache(params):

@@ -49,6 +49,7 @@ def write_stories(
             context_length=config.data.sequence_length,
             max_new_tokens=max_new_tokens,
             first_row=start,
+            num_rows=len(prompt_ids),
         )
     return [
         _whole_story(tokenizer, prompt, len(prompt_id), text)
@@ -66,8 +67,9 @@ def stream_story(
     seed: int,
     max_new_tokens: int,
     row: int = 0,
+    num_rows: int = 1,
 ) -> Iterator[Story]:
-    """Yields story number `row` of `write_stories` as it grows; the last is the whole."""
+    """Yields story number `row` of the `num_rows` of `write_stories` as it grows; the last is the whole."""
     tokens = _encode(tokenizer, prompt)
     prompt_length, text = len(tokens), prompt
     pieces = DecodeStream(skip_special_tokens=True)
@@ -82,6 +84,7 @@ def stream_story(
         max_new_tokens=max_new_tokens,
         chunk_size=_STREAM_CHUNK,
         first_row=row,
+        num_rows=num_rows,
     ):
         # A piece comes when its bytes are whole characters.
         text += "".join(pieces.step(tokenizer.backend, token) or "" for token in longer[len(tokens) :])

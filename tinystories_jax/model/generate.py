@@ -30,6 +30,7 @@ _SMALLEST_BUCKET = 32
 _SMALLEST_ROOM = 64
 _NUM_GROUPS = 2
 _SMALLEST_GROUP = 8
+_FEWEST_IN_LOW_PRECISION = 16
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,12 @@ def generate(
     context_length: int,
     max_new_tokens: int,
     first_row: int = 0,
+    num_rows: int = 0,
 ) -> list[list[int]]:
     """Returns prompt + new tokens of each row; a row ends after `end_token`, `max_new_tokens` or at `context_length`.
 
-    The draw for token n of row i, counted from `first_row`, depends on (key, i, n) alone. Raises
-    `UserError` for prompts that leave no room.
+    The draw for token n of row i, counted from `first_row`, depends on (key, i, n) alone; `num_rows` is as in
+    `generate_chunks`. Raises `UserError` for prompts that leave no room.
     """
     *_, texts = generate_chunks(
         params,
@@ -118,6 +120,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         chunk_size=max_new_tokens,
         first_row=first_row,
+        num_rows=num_rows,
     )
     return texts
 
@@ -134,12 +137,14 @@ def generate_chunks(
     max_new_tokens: int,
     chunk_size: int,
     first_row: int = 0,
+    num_rows: int = 0,
 ) -> Iterator[list[list[int]]]:
     """Yields what `generate` returns, grown by up to `chunk_size` tokens a row each time; the last one is whole.
 
-    The rows draw as rows `first_row`, `first_row` + 1, ... of a larger batch would.
+    The rows draw as rows `first_row`, `first_row` + 1, ... of a larger batch would, with matrices as for one of
+    `num_rows` rows (0: as many as there are prompts).
     """
-    dtype = matrix_dtype(config, len(prompts))
+    dtype = matrix_dtype(config, num_rows or len(prompts))
     config = decode_config(config)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     _check_prompts(lengths, context_length, max_new_tokens)
@@ -185,14 +190,14 @@ def decode_config(config: ModelConfig) -> ModelConfig:
     return replace(config, dtype="float32") if jax.default_backend() == "cpu" else config
 
 
-def matrix_dtype(config: ModelConfig, batch_size: int) -> str:
-    """Returns the dtype of the matrices and of the products with them: the config's, but on a CPU float32 for a single
-    row.
+def matrix_dtype(config: ModelConfig, num_rows: int) -> str:
+    """Returns the dtype of the matrices and of the products with them: the config's, but on a CPU float32 for few rows.
 
-    Several rows take 1.1 to 1.4 times as long in float32: their products have instructions for bf16, and memory gives
-    half of the bytes (docs/benchmarks.md).
+    Many rows are written faster in bf16, with half as many bytes to read and, on some processors, instructions for it
+    (docs/benchmarks.md). A few gain little, and so a story is the same alone and beside a few others, but for the
+    rounding of float32.
     """
-    return decode_config(config).dtype if batch_size == 1 else config.dtype
+    return config.dtype if num_rows >= _FEWEST_IN_LOW_PRECISION else decode_config(config).dtype
 
 
 def _num_groups(batch_size: int) -> int:

@@ -1,7 +1,7 @@
 """The decoder: Llama's own maths, with Flax NNX confined to this file.
 
 Callers see plain functions over a pytree of float32 arrays (`params`, nested dicts named as in Hugging Face's
-LlamaForCausalLM): `init_params`, `forward` for training, `prefill` and `decode_step` for generating.
+LlamaForCausalLM): `init_params`, `forward` for training; `decode_weights`, `prefill` and `decode_step` for generating.
 
 Shape suffixes, here and wherever arrays carry them: B batch, T query positions, S key positions (cache length),
 D model width, H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary, X the output widths
@@ -53,15 +53,14 @@ class LayerKernels(NamedTuple):
     values; gate and up) stand side by side, for one large product in place of several."""
 
     attention_in_DX: jax.Array
-    attention_out_XD: jax.Array
+    attention_out_DD: jax.Array
     feed_forward_in_DX: jax.Array
     feed_forward_out_FD: jax.Array
 
 
 class DecodeWeights(NamedTuple):
     """What writing reads besides the cache: all matrices in the dtype of their products, made once for all tokens,
-    since joining or converting matrices takes as long as one or two of them. Of `params` only vectors are read, and
-    rows of the embedding."""
+    since making them takes as long as a token or two. Of `params` only vectors are read, and rows of the embedding."""
 
     params: Params
     layers: list[LayerKernels]
@@ -95,7 +94,7 @@ def hidden_and_output(
     """Returns hidden_BTD and output_DV, in the activations' dtype, whose product are the logits of `forward`."""
     model = _bind(params, config)
     hidden_BTD, _ = model.hidden(tokens_BT, dropout_key=dropout_key)
-    return hidden_BTD, model.output_matrix()
+    return hidden_BTD, model.output_matrix(config.dtype)
 
 
 def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
@@ -106,8 +105,7 @@ def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
 def decode_weights(params: Params, config: ModelConfig, *, dtype: str) -> DecodeWeights:
     """Returns what `prefill` and `decode_step` take, with matrices and their products in `dtype`."""
     model = _bind(params, config)
-    matrices = [layer.kernels() for layer in model.layers], model.output_matrix()
-    return DecodeWeights(params, *jax.tree.map(lambda matrix: matrix.astype(dtype), matrices))
+    return DecodeWeights(params, [layer.kernels(dtype) for layer in model.layers], model.output_matrix(dtype))
 
 
 def prefill(
@@ -209,10 +207,11 @@ class Transformer(nnx.Module):
         hidden_BTD = self._embed(tokens_BT)
         rotation = _rotation(np.arange(tokens_BT.shape[1])[None], self.config)
         keys_and_values = []
-        for index, layer in enumerate(self.layers):
+        given = kernels or [None] * len(self.layers)
+        for index, (layer, layer_kernels) in enumerate(zip(self.layers, given, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             # jax.checkpoint sees the layer's parameters as closed-over arrays: kept, while activations are recomputed.
-            run = functools.partial(_run_layer, layer, kernels[index] if kernels else None)
+            run = functools.partial(_run_layer, layer, layer_kernels)
             if self.config.remat:
                 run = jax.checkpoint(run)
             hidden_BTD, layer_keys_and_values = run(hidden_BTD, rotation, key)
@@ -239,10 +238,10 @@ class Transformer(nnx.Module):
         # batch is too small to count.
         return self.embed_tokens.embedding[...][tokens_BT].astype(self.config.dtype)
 
-    def output_matrix(self) -> jax.Array:
-        """Returns output_DV in the activations' dtype: the embedding itself when tied."""
+    def output_matrix(self, dtype: str) -> jax.Array:
+        """Returns output_DV: the embedding itself when tied."""
         matrix_DV = self.embed_tokens.embedding[...].T if self.config.tie_embeddings else self.lm_head.kernel[...]
-        return matrix_DV.astype(self.config.dtype)
+        return matrix_DV.astype(dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -283,18 +282,19 @@ class DecoderLayer(nnx.Module):
         hidden_BTD = hidden_BTD + attended_BTD
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD), kernels), cache
 
-    def kernels(self) -> LayerKernels:
-        """Returns the layer's own matrices, in the activations' dtype."""
+    def kernels(self, dtype: str) -> LayerKernels:
+        """Returns the layer's own matrices, in `dtype`."""
+
+        def join(*layers: nnx.Linear) -> jax.Array:
+            return jnp.concatenate([layer.kernel[...].astype(dtype) for layer in layers], axis=1)
+
         attention, mlp = self.self_attn, self.mlp
         return LayerKernels(
-            attention_in_DX=self._join(attention.q_proj, attention.k_proj, attention.v_proj),
-            attention_out_XD=self._join(attention.o_proj),
-            feed_forward_in_DX=self._join(mlp.gate_proj, mlp.up_proj),
-            feed_forward_out_FD=self._join(mlp.down_proj),
+            attention_in_DX=join(attention.q_proj, attention.k_proj, attention.v_proj),
+            attention_out_DD=join(attention.o_proj),
+            feed_forward_in_DX=join(mlp.gate_proj, mlp.up_proj),
+            feed_forward_out_FD=join(mlp.down_proj),
         )
-
-    def _join(self, *matrices: nnx.Linear) -> jax.Array:
-        return jnp.concatenate([matrix.kernel[...].astype(self.config.dtype) for matrix in matrices], axis=1)
 
     def _drop(self, hidden_BTD: jax.Array, key: jax.Array | None, branch: int) -> jax.Array:
         if key is None:
@@ -356,7 +356,7 @@ class Attention(nnx.Module):
         return _rotate(queries.reshape(heads), rotation), _rotate(keys.reshape(heads), rotation), values.reshape(heads)
 
     def _output(self, attended_BTHK: jax.Array, kernels: LayerKernels) -> jax.Array:
-        return multiply(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1), kernels.attention_out_XD)
+        return multiply(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1), kernels.attention_out_DD)
 
 
 class FeedForward(nnx.Module):
@@ -385,7 +385,8 @@ def _run_layer(
     rotation: tuple[Array, Array],
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return layer(hidden_BTD, rotation, layer.kernels() if kernels is None else kernels, dropout_key)
+    kernels = layer.kernels(layer.config.dtype) if kernels is None else kernels
+    return layer(hidden_BTD, rotation, kernels, dropout_key)
 
 
 def _embedding_std(config: ModelConfig) -> float:
