@@ -65,6 +65,21 @@ def test_the_loss_in_chunks_is_the_plain_loss_with_its_gradients(length):
     jax.tree.map(lambda ours, plain: np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6), *values)
 
 
+def test_large_logits_overflow_neither_in_the_loss_nor_in_its_gradients():
+    hidden_BTD, output_DV, targets_BT = make_inputs(2, 16, 8, 41)
+    hidden_BTD *= 1e3
+    assert logits(hidden_BTD, output_DV).max() > 1e3
+    weights_BT = jnp.ones(targets_BT.shape)
+    values = [
+        jax.value_and_grad(lambda *operands, f=function: f(*operands, targets_BT, weights_BT)[0], argnums=(0, 1))(
+            hidden_BTD, output_DV
+        )
+        for function in (next_token_loss, plain_loss)
+    ]
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(values))
+    jax.tree.map(lambda ours, plain: np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-4), *values)
+
+
 @pytest.mark.parametrize("length", [16, 19, 1])
 def test_losses_and_hits_in_chunks_are_those_of_the_logits(length):
     hidden_BTD, output_DV, targets_BT = make_inputs(3, length, 8, 41)

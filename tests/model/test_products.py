@@ -67,7 +67,7 @@ def test_a_cpu_gets_products_of_bfloat16_with_results_in_float32():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(64,), (3, 12), (2, 1), (7,)])
 def test_sums_of_outer_products_are_the_plain_ones(shape, dtype):
-    """Also where pieces of 8 rows do not come out even."""
+    """Also where the rows do not divide into 8 pieces."""
     rng = np.random.default_rng(0)
     left, right = (jnp.array(rng.standard_normal((*shape, width)), dtype) for width in (5, 6))
     sums = sum_outer_products(left, right)

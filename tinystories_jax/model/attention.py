@@ -90,7 +90,8 @@ def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, 
 def _add_product(total_BHKS: jax.Array, of_BHTK: jax.Array, by_BHTS: jax.Array) -> jax.Array:
     """Returns the total with what a block of queries adds to the keys, or values, that it has seen.
 
-    Keys stand last: XLA's CPU backend transposes the first operand of such a product, and this one is the smaller.
+    Keys stand last in the result: XLA's CPU backend transposes the first operand of such a product, and `of_BHTK` is
+    the smaller of the two.
     """
     product_BHKS = sum_outer_products(of_BHTK, by_BHTS)
     return total_BHKS.at[..., : product_BHKS.shape[3]].add(product_BHKS)

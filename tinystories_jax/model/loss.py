@@ -75,12 +75,12 @@ def _loss_and_gradients(
         # In place of logsumexp: what is summed is what the gradient needs, and a CPU takes long for an exponential.
         largest_BC = logits_BCV.max(axis=-1)
         exponentials_BCV = jnp.exp(logits_BCV - largest_BC[..., None])
-        sums_BC = exponentials_BCV.sum(axis=-1)
-        log_sums_BC = largest_BC + jnp.log(sums_BC)
+        exponential_sums_BC = exponentials_BCV.sum(axis=-1)
+        log_sums_BC = largest_BC + jnp.log(exponential_sums_BC)
         losses_BC = log_sums_BC - jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         is_target_BCV = targets_BC[..., None] == jnp.arange(output_DV.shape[1])[None, None]
-        of_target_BCV = jnp.where(is_target_BCV, shares_BC[..., None], 0)
-        grads_BCV = exponentials_BCV * (shares_BC / sums_BC)[..., None] - of_target_BCV
+        target_shares_BCV = jnp.where(is_target_BCV, shares_BC[..., None], 0)
+        grads_BCV = exponentials_BCV * (shares_BC / exponential_sums_BC)[..., None] - target_shares_BCV
         grads_BCV = grads_BCV.astype(hidden_BTD.dtype)
         output_grad_DV += jnp.einsum("BCD,BCV->DV", hidden_BCD, grads_BCV, preferred_element_type=jnp.float32)
         hidden_grad_BCD = rounded_einsum("BCV,DV->BCD", grads_BCV, output_DV)

@@ -38,7 +38,8 @@ def sum_outer_products(left: jax.Array, right: jax.Array) -> jax.Array:
     """Returns the products of left (..., N, X) and right (..., N, Y) summed over N, as float32 (..., X, Y).
 
     What is summed over one axis that both operands have in front XLA's CPU backend multiplies in float32, after
-    converting them. Over two axes, pieces and what is in a piece, it multiplies in bf16, at up to twice the rate.
+    converting them. Over two axes, pieces and what is in a piece, it multiplies in bf16, at up to twice the rate; an
+    odd N is one piece, and converted.
     """
     if jax.default_backend() != "cpu" or left.dtype != jnp.bfloat16:
         return jnp.einsum("...NX,...NY->...XY", left, right, preferred_element_type=jnp.float32)
