@@ -14,6 +14,7 @@ def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
     """Returns rows (..., D) times a matrix, as (..., F) in the rows' dtype, from a product in the matrix's."""
     width_in, width_out = matrix_DF.shape
     if rows.dtype != matrix_DF.dtype:
+        # As when a CPU writes many texts (model/generate.py).
         converted = rows.astype(matrix_DF.dtype)
         return jnp.einsum("...D,DF->...F", converted, matrix_DF, preferred_element_type=jnp.float32).astype(rows.dtype)
     if jax.default_backend() != "cpu":
