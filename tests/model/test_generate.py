@@ -78,7 +78,6 @@ def test_a_cpu_writes_many_texts_with_matrices_in_bfloat16(params):
     assert write_in_bfloat16(params, prompts[:8], end_token=-1) == in_float32[:8]
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
 def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
     """All products with them have results in float32; the cache stays in float32."""
     batch_size, cache_length = 3, 40

@@ -15,13 +15,17 @@ def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
     width_in, width_out = matrix_DF.shape
     if rows.dtype != matrix_DF.dtype:
         # As when a CPU writes many texts (model/generate.py).
-        converted = rows.astype(matrix_DF.dtype)
-        return jnp.einsum("...D,DF->...F", converted, matrix_DF, preferred_element_type=jnp.float32).astype(rows.dtype)
+        return multiply_into_float32(rows, matrix_DF).astype(rows.dtype)
     if jax.default_backend() != "cpu":
         return rows @ matrix_DF
     if rows.size == width_in and width_in % _NUM_PARTS == 0:
         return _multiply_in_parts(rows.reshape(width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
     return _multiply_rows(rows.reshape(-1, width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
+
+
+def multiply_into_float32(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
+    """Returns rows (..., D) times a matrix, as float32 (..., F): a product in the matrix's dtype, summed in float32."""
+    return jnp.einsum("...D,DF->...F", rows.astype(matrix_DF.dtype), matrix_DF, preferred_element_type=jnp.float32)
 
 
 def rounded_einsum(subscripts: str, left: Any, right: Any) -> jax.Array:

@@ -19,7 +19,7 @@ from flax import nnx
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.attention import causal_attention, uses_flash_attention
-from tinystories_jax.model.products import multiply
+from tinystories_jax.model.products import multiply, multiply_into_float32
 
 Params = dict[str, Any]
 Array = jax.Array | np.ndarray
@@ -98,8 +98,8 @@ def hidden_and_output(
 
 
 def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
-    """Returns float32 logits (..., V): a product in the matrix's dtype that accumulates in float32."""
-    return jnp.einsum("...D,DV->...V", hidden.astype(output_DV.dtype), output_DV, preferred_element_type=jnp.float32)
+    """Returns float32 logits (..., V), whatever the activations are."""
+    return multiply_into_float32(hidden, output_DV)
 
 
 def decode_weights(params: Params, config: ModelConfig, *, dtype: str) -> DecodeWeights:
@@ -385,6 +385,7 @@ def _run_layer(
     rotation: tuple[Array, Array],
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # Made in here, so that remat makes them again and keeps no copy.
     kernels = layer.kernels(layer.config.dtype) if kernels is None else kernels
     return layer(hidden_BTD, rotation, kernels, dropout_key)
 
