@@ -39,6 +39,11 @@ def run_script(
     )
 
 
+def obey_hangups() -> None:
+    """For a process that is to start as from a terminal, also where the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def interrupt(process: subprocess.Popen[str], number: signal.Signals, *, at: str) -> tuple[int, str, str]:
     """Sends a signal as soon as a line that starts with `at` appears; returns exit code, stdout and stderr."""
     with process, contextlib.ExitStack() as on_failure:
@@ -370,7 +375,7 @@ cli.run(main)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(
     "where",
     [
@@ -393,9 +398,27 @@ def test_a_signal_ends_a_script_wherever_it_falls(tmp_path, where, number):
         capture_output=True,
         text=True,
         timeout=25,
+        preexec_fn=obey_hangups,
     )
     code = 7 if where == "when all is done" else 128 + number
     assert (result.returncode, result.stdout, result.stderr) == (code, "before\n", "")
+
+
+def test_under_nohup_a_hangup_ends_nothing(tmp_path):
+    lines = [
+        "import signal",
+        "from tinystories_jax import cli",
+        "from tinystories_jax.training.loop import _StopSignals",
+        "def main():",
+        "    signal.raise_signal(signal.SIGHUP)",
+        "    with _StopSignals() as stop:",
+        "        signal.raise_signal(signal.SIGHUP)",
+        "    print('went on,', stop.signal)",
+        "cli.run(main)",
+    ]
+    command = ["nohup", sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "went on, None\n"), result.stderr
 
 
 # ---- runs

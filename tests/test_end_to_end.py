@@ -1,5 +1,6 @@
 """From stories to a model that tells stories: the real scripts, in processes of their own, on tiny settings."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.hub_stand_in import REVISION, HubDataset, hub_environment, hub_stand_in
-from tests.test_cli import ROOT, error_line, error_lines, interrupt, run_script, script_environment
+from tests.test_cli import ROOT, error_line, error_lines, interrupt, obey_hangups, run_script, script_environment
 from tinystories_jax.lock import locked
 
 SEPARATOR = "\n<|endoftext|>\n"
@@ -364,20 +366,61 @@ def test_a_reader_that_goes_away_leaves_no_traceback(finished, place, more):
 # ---- going on
 
 
-def start_training(place: Place, workdir: Path, *, num_prompts: int) -> subprocess.Popen[str]:
+def start_training(place: Place, workdir: Path, *, num_prompts: int, **how: Any) -> subprocess.Popen[str]:
     """Starts a run that no compiled program is there for when it samples from that many prompts for the first time.
 
     So it takes seconds over its next evaluation, time for a signal to arrive before the run has come to its end.
     """
-    more = ["--config.logging.every=1", f"--config.sample.prompts={tuple(PROMPTS[:num_prompts])!r}"]
-    return subprocess.Popen(
-        [sys.executable, "scripts/train.py", *place.flags(workdir), *more],
-        cwd=ROOT,
-        env=place.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    prompts = tuple(f"{PROMPTS[0]} {number}" for number in range(num_prompts))
+    command = [sys.executable, "scripts/train.py", *place.flags(workdir)]
+    command += ["--config.logging.every=1", f"--config.sample.prompts={prompts!r}"]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    return subprocess.Popen(command, cwd=ROOT, env=place.environment, text=True, **how)
+
+
+def take_terminal() -> None:
+    """Makes standard input the terminal that a new session hangs on."""
+    obey_hangups()
+    fcntl.ioctl(0, termios.TIOCSCTTY)
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_closed_is_saved(finished, place, tmp_path):
+    ours, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 200))  # room for the bar of progress
+    how: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    how |= {"start_new_session": True, "preexec_fn": take_terminal}
+    process = start_training(place, tmp_path / "run", num_prompts=4, **how)
+    os.close(terminal)
+    with process:
+        seen = b""
+        while b"update 4: validation loss" not in seen:
+            seen += os.read(ours, 4096)
+        assert b"| update " in seen
+        os.close(ours)
+        assert process.wait(timeout=120) == 128 + signal.SIGHUP, seen
+    (stopped_at,) = checkpoints_of(tmp_path / "run")
+    assert stopped_at < total_updates(finished)
+    assert f"Stopped at update {stopped_at} of " in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, None], ids=["by the same Ctrl-C", "alone"])
+def test_a_run_whose_progress_nobody_reads_any_longer_is_saved_all_the_same(finished, place, tmp_path, number):
+    """As with `2>&1 | tee`, when tee is ended."""
+    process = start_training(place, tmp_path / "run", num_prompts=5, stderr=subprocess.STDOUT)
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("update 1/"):
+                break
+        process.stdout.close()
+        if number:
+            process.send_signal(number)
+        assert process.wait(timeout=300) == (128 + number if number else 0)
+    assert (tmp_path / "run" / "report.html").exists()
+    last, saved_at = total_updates(finished), max(checkpoints_of(tmp_path / "run"))
+    assert saved_at < last if number else saved_at == last
 
 
 @pytest.mark.slow

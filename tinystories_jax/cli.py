@@ -1,4 +1,4 @@
-"""Runs a script's main function with the exit codes all scripts share: 0, 2 for the user, 130 / 143 for signals."""
+"""Runs a script's main function with the exit codes all scripts share: 0, 2 for the user, 128 + N for signal N."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ from tinystories_jax.compiled import keep_no_programs, keep_programs
 from tinystories_jax.errors import UserError
 
 _USER_EXIT = 2
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GRACE_SECONDS = 3  # to end in good order
 # In the path of a file that is neither ours nor of the standard library.
 _FOREIGN = ("site-packages", "dist-packages", "<frozen importlib")
@@ -48,7 +48,8 @@ def run(
     """
     sys.unraisablehook = _end_where_dropped
     for number in _SIGNALS:
-        signal.signal(number, _stop)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     _watch_for_signals()
     app.define_help_flags()
     keep_freed_memory()

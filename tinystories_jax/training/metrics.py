@@ -1,10 +1,11 @@
 """What a run says about itself: metrics.jsonl (the source of truth), TensorBoard, the progress line, FLOPs and MFU."""
 
+import contextlib
 import math
 import struct
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.transformer import num_params
+from tinystories_jax.streams import let_go_of_lost_streams
 from tinystories_jax.training.jsonl import FileState, JsonLines
 from tinystories_jax.training.meta import Evaluation, History
 from tinystories_jax.training.run_folder import append, cannot_write, open_unbuffered
@@ -160,7 +162,8 @@ class _Board:
 
 
 class ProgressLine:
-    """A progress bar on a terminal, one plain line per look elsewhere; both on stderr."""
+    """A progress bar on a terminal, one plain line per look elsewhere; both on stderr. Training goes on where nobody
+    reads them any longer, as when the terminal is closed."""
 
     def __init__(self, *, total: int, initial: int):
         self._total = total
@@ -172,17 +175,28 @@ class ProgressLine:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        with _go_on_unread():
+            self._bar.close()
 
     def show(self, update: int, *, text: str, eta_seconds: float | None) -> None:
         """Moves to `update`; `text` holds the figures."""
         eta = "" if eta_seconds is None else f"  eta {tqdm.format_interval(eta_seconds)}"
-        if self._bar.disable:
-            print(f"update {update}/{self._total}  {text}{eta}", file=sys.stderr, flush=True)
-        else:
-            self._bar.set_postfix_str(text + eta, refresh=False)
-            self._bar.update(update - self._bar.n)
+        with _go_on_unread():
+            if self._bar.disable:
+                print(f"update {update}/{self._total}  {text}{eta}", file=sys.stderr, flush=True)
+            else:
+                self._bar.set_postfix_str(text + eta, refresh=False)
+                self._bar.update(update - self._bar.n)
 
     def note(self, line: str) -> None:
         """Prints a line without breaking the bar."""
-        tqdm.write(line, file=sys.stderr)
+        with _go_on_unread():
+            tqdm.write(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _go_on_unread() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        let_go_of_lost_streams()

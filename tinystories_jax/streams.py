@@ -1,0 +1,18 @@
+"""Standard output and error whose reader went away: a terminal that was closed, a `tee` that Ctrl-C ended as well."""
+
+import os
+import select
+
+
+def let_go_of_lost_streams() -> None:
+    """Points standard output and error at nothing where nobody reads them any longer, so that writing to them does not
+    fail. What still has a reader stays as it is."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)  # reported all the same: a reader that is gone, a terminal that hung up
+    lost = poll.poll(0)
+    if lost:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for descriptor, _ in lost:
+            os.dup2(nothing, descriptor)
+        os.close(nothing)
