@@ -18,6 +18,7 @@ from tinystories_jax.analysis import doctor, learning_checks, logits_checks, mac
 from tinystories_jax.analysis.check import Check, Outcome, summarize, to_json
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import PreparedData, find_data, prepare_data
+from tinystories_jax.errors import UserError
 
 ALL = [
     *("tokenizer and cache", "data", "target shift", "causality", "loss at initialisation", "overfit", "accumulation"),
@@ -338,6 +339,13 @@ def test_train_makes_the_fast_checks_once_and_doctor_all_of_them(config, tmp_pat
     log.unlink()
     assert "is missing" in machine_checks.check_checkpoint(data_of(config), run).note
     assert machine_checks.check_checkpoint(None, run, "no cache").outcome == Outcome.FAIL
+
+
+def test_a_checkpoint_that_is_none_is_refused_before_the_first_check(config, tmp_path):
+    shown: list[str] = []
+    with pytest.raises(UserError, match="no run with checkpoints stands there"):
+        doctor.examine(config, workdir=tmp_path / "run", checkpoint=tmp_path / "none", show=shown.append)
+    assert shown == []
 
 
 def data_of(config: Config) -> PreparedData:

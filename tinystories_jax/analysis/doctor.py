@@ -30,6 +30,7 @@ from tinystories_jax.config import Config, with_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data
 from tinystories_jax.errors import UserError
+from tinystories_jax.training.checkpoint import require_checkpoints
 
 _NO_DATA = "no token cache yet: python scripts/prepare.py with the same --config flags builds it"
 _CACHE = "tokenizer and cache"
@@ -48,7 +49,12 @@ class _Planned(NamedTuple):
 def examine(
     config: Config, *, workdir: Path, checkpoint: Path | None = None, verbose: bool = False, show: Callable[[str], None]
 ) -> list[Check]:
-    """Makes all checks on what is there, shows the table line by line, and returns them; changes nothing."""
+    """Makes all checks on what is there, shows the table line by line, and returns them; changes nothing.
+
+    Raises `UserError`, before the first, where `checkpoint` is no run with checkpoints.
+    """
+    if checkpoint is not None:
+        require_checkpoints(checkpoint)
     checks = run_checks(config, try_find_data(config), workdir=workdir, checkpoint=checkpoint, fast=False)
     return _show(checks, show, verbose)
 

@@ -136,7 +136,8 @@ def _read_config(folder: Path) -> Config:
         raise UserError(f"{path} does not exist: {folder} is no run; give a workdir that train.py made") from error
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a run's config ({reason})") from error
+        advice = "the command that trained the run writes it again from its checkpoints"
+        raise UserError(f"{path}: cannot be read as a run's config ({reason}); {advice}") from error
 
 
 def _hash_tokenizer(path: Path, problems: list[str]) -> str | None:

@@ -237,18 +237,24 @@ def has_checkpoint(run: Path) -> bool:
     return bool(finished_updates(run / "checkpoints"))
 
 
+def require_checkpoints(run: Path) -> list[int]:
+    """Returns the updates of the finished checkpoints of `run`, sorted; raises `UserError` where there is none."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run}: no run with checkpoints stands there; --checkpoint takes a workdir that train.py made")
+    updates = finished_updates(folder)
+    if not updates:
+        raise UserError(f"{run}: no finished checkpoint yet; let train.py reach its first one")
+    return updates
+
+
 def restore_params(run: Path, step: str = "best") -> tuple[Params, Meta]:
     """Returns the parameters of one checkpoint of `run` and what stands beside them; the optimizer state is not read.
 
     step: "best" by validation loss (the latest where none was evaluated), "latest", "epoch:N", or an update number.
     Raises `UserError` when there is no such run or checkpoint, or when it is not what was saved.
     """
-    folder = (run / "checkpoints").absolute()
-    if not folder.is_dir():
-        raise UserError(f"{run}: no run with checkpoints stands there; --checkpoint takes a workdir that train.py made")
-    updates = finished_updates(folder)
-    if not updates:
-        raise UserError(f"{run}: no finished checkpoint yet; let train.py reach its first one")
+    folder, updates = (run / "checkpoints").absolute(), require_checkpoints(run)
     chosen = updates[-1]
     try:
         chosen = _choose(folder, updates, step)
