@@ -136,9 +136,13 @@ def test_without_a_cache_folder_it_is_in_the_home(monkeypatch, tmp_path):
 
 def test_another_processor_has_a_folder_of_its_own(monkeypatch):
     here = compiled.programs_folder()
+    described = compiled.describe_processor()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "describe_processor", lambda: described | {"flags": "fewer"})
+        fewer = compiled.programs_folder()
     monkeypatch.setattr(compiled.platform, "machine", lambda: "another")
-    assert compiled.programs_folder().parent == here.parent
-    assert compiled.programs_folder() != here
+    assert compiled.programs_folder().parent == here.parent == fewer.parent
+    assert len({compiled.programs_folder(), here, fewer}) == 3
 
 
 def test_what_was_not_used_for_longest_goes_first(monkeypatch, tmp_path):

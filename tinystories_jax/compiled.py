@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinystories_jax.processor import describe_processor
+
 _MAX_BYTES = 2**30
 _SETTINGS = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_ENABLE_COMPILATION_CACHE")
 # A program is one for this processor: JAX looks it up by other things, and one for another might crash here.
@@ -54,10 +56,8 @@ def programs_folder() -> Path:
 
 
 def _processor() -> str:
-    lines = [platform.machine()]
-    if (path := Path("/proc/cpuinfo")).exists():
-        described = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-        lines += [line for line in described if line.split("\t")[0].strip() in _PROCESSOR_FIELDS]
+    described = describe_processor()
+    lines = [platform.machine(), *(described.get(field, "") for field in _PROCESSOR_FIELDS)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

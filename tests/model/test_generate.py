@@ -68,7 +68,8 @@ def test_a_cpu_writes_a_few_texts_in_float32(params):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
-def test_a_cpu_writes_many_texts_with_matrices_in_bfloat16(params):
+def test_a_cpu_writes_many_texts_with_matrices_in_bfloat16(params, monkeypatch):
+    monkeypatch.setattr(generate_module, "multiplies_bfloat16", lambda: True)
     prompts = [[0, number] for number in range(1, 17)]
     texts = write_in_bfloat16(params, prompts, end_token=-1)
     in_float32 = write(params, prompts, end_token=-1)
@@ -76,6 +77,9 @@ def test_a_cpu_writes_many_texts_with_matrices_in_bfloat16(params):
     # Half of them, told that they are part of 16, are multiplied alike.
     assert write_in_bfloat16(params, prompts[:8], end_token=-1, num_rows=16) == texts[:8]
     assert write_in_bfloat16(params, prompts[:8], end_token=-1) == in_float32[:8]
+    # Without instructions for it there is nothing to gain.
+    monkeypatch.setattr(generate_module, "multiplies_bfloat16", lambda: False)
+    assert write_in_bfloat16(params, prompts, end_token=-1) == in_float32
 
 
 def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):

@@ -3,7 +3,6 @@
 The one module that imports PyTorch. The benchmark runs it in processes of its own, in which there is no JAX.
 """
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, made_up_tok
 from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples, time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
+from tinystories_jax.processor import multiplies_bfloat16
 
 
 def compute_reference(config: Config, path: Path) -> dict[str, Any]:
@@ -158,10 +158,5 @@ def _loss(model: LlamaForCausalLM, block: torch.Tensor) -> torch.Tensor:
 
 
 def _autocasts(config: Config) -> bool:
-    return config.model.dtype == "bfloat16" and (torch.cuda.is_available() or _cpu_multiplies_bfloat16())
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    # Without, PyTorch is hundreds of times slower in bf16 than in float32, which is nothing to compare with.
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()) is not None
+    # Without instructions for it, PyTorch is hundreds of times slower in bf16 than in float32: nothing to compare with.
+    return config.model.dtype == "bfloat16" and (torch.cuda.is_available() or multiplies_bfloat16())

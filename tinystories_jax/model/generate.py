@@ -25,6 +25,7 @@ from tinystories_jax.model.transformer import (
     grow_kv_cache,
     prefill,
 )
+from tinystories_jax.processor import multiplies_bfloat16
 
 _SMALLEST_BUCKET = 32
 _SMALLEST_ROOM = 64
@@ -191,13 +192,14 @@ def decode_config(config: ModelConfig) -> ModelConfig:
 
 
 def matrix_dtype(config: ModelConfig, num_rows: int) -> str:
-    """Returns the dtype of the matrices and of the products with them: the config's, but on a CPU float32 for few rows.
+    """Returns the dtype of the matrices and of the products with them: the config's, but on a CPU float32 for few rows,
+    and for all where it has no instructions for bf16.
 
-    Many rows are written faster in bf16, with half as many bytes to read and, on some processors, instructions for it
-    (docs/benchmarks.md). A few gain little, and so a story is the same alone and beside a few others, but for the
-    rounding of float32.
+    With them many rows are written faster in bf16, with half as many bytes to read (docs/benchmarks.md). A few gain
+    little, and so a story is the same alone and beside a few others, but for the rounding of float32.
     """
-    return config.dtype if num_rows >= _FEWEST_IN_LOW_PRECISION else decode_config(config).dtype
+    in_low_precision = num_rows >= _FEWEST_IN_LOW_PRECISION and multiplies_bfloat16()
+    return config.dtype if in_low_precision else decode_config(config).dtype
 
 
 def _num_groups(batch_size: int) -> int:

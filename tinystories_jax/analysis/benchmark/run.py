@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from tinystories_jax.analysis.benchmark.start import measure_start
 from tinystories_jax.analysis.benchmark.train import cheap_rows, measure_train
 from tinystories_jax.config import Config, to_dict
 from tinystories_jax.errors import UserError
+from tinystories_jax.processor import describe_processor
 
 MODES = ("train", "decode", "data", "start", "growth")
 _WITH_PEER = ("train", "decode")
@@ -115,7 +115,7 @@ def _describe_machine() -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)},
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": describe_processor().get("model name", platform.processor()),
         "cpu_cores": usable,
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "load_before": os.getloadavg()[0],
@@ -125,12 +125,6 @@ def _describe_machine() -> dict[str, Any]:
             **{library: found for library in _LIBRARIES if (found := _version(library))},
         },
     }
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _version(library: str) -> str | None:
