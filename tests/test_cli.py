@@ -39,9 +39,12 @@ def run_script(
     )
 
 
-def obey_hangups() -> None:
-    """For a process that is to start as from a terminal, also where the tests themselves run under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# What is given after it starts as from a terminal, also where the tests themselves run under nohup. Not by a function
+# for the new process, since Python would fork for it, of which JAX warns.
+OBEYING_HANGUPS = [
+    *(sys.executable, "-c"),
+    "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+]
 
 
 def interrupt(process: subprocess.Popen[str], number: signal.Signals, *, at: str) -> tuple[int, str, str]:
@@ -392,13 +395,12 @@ def test_a_signal_ends_a_script_wherever_it_falls(tmp_path, where, number):
     (tmp_path / "signalling.py").write_text("import signal, sys\nsignal.raise_signal(int(sys.path[-1]))\n")
     environment = script_environment(PYTHONPATH=f"{ROOT}:{tmp_path}")
     result = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, str(int(number)), where],
+        [*OBEYING_HANGUPS, sys.executable, "-c", SIGNALLED, str(int(number)), where],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
         timeout=25,
-        preexec_fn=obey_hangups,
     )
     code = 7 if where == "when all is done" else 128 + number
     assert (result.returncode, result.stdout, result.stderr) == (code, "before\n", "")

@@ -1,6 +1,5 @@
 """From stories to a model that tells stories: the real scripts, in processes of their own, on tiny settings."""
 
-import fcntl
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.hub_stand_in import REVISION, HubDataset, hub_environment, hub_stand_in
-from tests.test_cli import ROOT, error_line, error_lines, interrupt, obey_hangups, run_script, script_environment
+from tests.test_cli import OBEYING_HANGUPS, ROOT, error_line, error_lines, interrupt, run_script, script_environment
 from tinystories_jax.lock import locked
 
 SEPARATOR = "\n<|endoftext|>\n"
@@ -366,31 +365,31 @@ def test_a_reader_that_goes_away_leaves_no_traceback(finished, place, more):
 # ---- going on
 
 
-def start_training(place: Place, workdir: Path, *, num_prompts: int, **how: Any) -> subprocess.Popen[str]:
+def start_training(
+    place: Place, workdir: Path, *, num_prompts: int, within: tuple[str, ...] = (), **how: Any
+) -> subprocess.Popen[str]:
     """Starts a run that no compiled program is there for when it samples from that many prompts for the first time.
 
     So it takes seconds over its next evaluation, time for a signal to arrive before the run has come to its end.
     """
     prompts = tuple(f"{PROMPTS[0]} {number}" for number in range(num_prompts))
-    command = [sys.executable, "scripts/train.py", *place.flags(workdir)]
+    command = [*within, sys.executable, "scripts/train.py", *place.flags(workdir)]
     command += ["--config.logging.every=1", f"--config.sample.prompts={prompts!r}"]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     return subprocess.Popen(command, cwd=ROOT, env=place.environment, text=True, **how)
 
 
-def take_terminal() -> None:
-    """Makes standard input the terminal that a new session hangs on."""
-    obey_hangups()
-    fcntl.ioctl(0, termios.TIOCSCTTY)
+# Makes standard input the terminal that the session hangs on; run by what is to start there.
+TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_is_saved(finished, place, tmp_path):
     ours, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (24, 200))  # room for the bar of progress
-    how: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    how |= {"start_new_session": True, "preexec_fn": take_terminal}
-    process = start_training(place, tmp_path / "run", num_prompts=4, **how)
+    how: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "start_new_session": True}
+    within = (sys.executable, "-c", TAKE_TERMINAL, *OBEYING_HANGUPS)
+    process = start_training(place, tmp_path / "run", num_prompts=4, within=within, **how)
     os.close(terminal)
     with process:
         seen = b""

@@ -130,17 +130,30 @@ def test_damage_to_the_latest_checkpoint_is_found_and_the_one_before_taken(run, 
     assert "Traceback" not in capfd.readouterr().err
 
 
+def same_values(damaged: bytearray, content: bytes) -> bool:
+    """Says whether nothing is lost: an e of an exponent has become an E, or the last of 17 digits another."""
+    try:
+        return json.loads(damaged) == json.loads(content)
+    except ValueError:
+        return False
+
+
 def test_every_byte_of_the_meta_counts(run, tmp_path):
     copy = shutil.copytree(run.workdir, tmp_path / "run")
     path = copy / "checkpoints" / str(LATEST) / "meta" / "metadata"
     content = path.read_bytes()
-    rng = random.Random(1)
+    rng, harmless = random.Random(1), 0
     for position in rng.sample(range(len(content)), 200):
         damaged = bytearray(content)
         damaged[position] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
+        if same_values(damaged, content):
+            harmless += 1
+            restore_params(copy, "latest")
+            continue
         with pytest.raises(UserError, match="meta/metadata"):
             restore_params(copy, "latest")
+    assert harmless < 10
     path.write_bytes(content)
     restore_params(copy, "latest")
 
