@@ -137,6 +137,36 @@ def test_an_update_of_muon_stretches_all_directions_about_alike_at_its_own_rate(
     assert rms == pytest.approx(0.003 * MUON_UPDATE_RMS, rel=0.2)
 
 
+def test_muon_moves_stacked_matrices_as_it_moves_each(config):
+    config = single_with(config, muon_learning_rate=0.03, weight_decay=0.1, max_grad_norm=1e9)
+    shapes = {0: {"q": (8, 8), "up": (8, 24), "down": (24, 8)}, 1: {"q": (8, 8), "up": (8, 24), "k": (8, 4)}}
+    numbers = iter(range(100))
+
+    def draw() -> Any:
+        return {
+            "layers": {
+                layer: {name: jax.random.normal(jax.random.key(next(numbers)), shape) for name, shape in of.items()}
+                for layer, of in shapes.items()
+            }
+        }
+
+    schedule = learning_rate_schedule(config.optim, SCHEDULE)
+    each: Any = optax.contrib.muon(
+        lambda count: 3 * schedule(count),
+        beta=config.optim.muon_momentum,
+        weight_decay=0.1,
+        consistent_rms=MUON_UPDATE_RMS,
+    )
+    params, optimizer = draw(), make_optimizer(config)
+    state, each_state = optimizer.init(params), each.init(params)
+    update, update_each = jax.jit(optimizer.update), jax.jit(each.update)
+    for _ in range(3):
+        grads = draw()
+        updates, state = update(grads, state, params)
+        expected, each_state = update_each(grads, each_state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), updates, expected)
+
+
 def test_both_rates_reach_peak_and_minimum_together(config):
     """Weight decay alone moves parameters that have no gradient, by rate x decay."""
     config = single_with(config, muon_learning_rate=0.05, weight_decay=0.5)
