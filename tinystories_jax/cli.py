@@ -20,9 +20,9 @@ from absl import app, flags
 from tinystories_jax.allocator import keep_freed_memory
 from tinystories_jax.compiled import keep_no_programs, keep_programs
 from tinystories_jax.errors import UserError
+from tinystories_jax.signals import STOP_SIGNALS, obeyed_signals
 
 _USER_EXIT = 2
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GRACE_SECONDS = 3  # to end in good order
 # In the path of a file that is neither ours nor of the standard library.
 _FOREIGN = ("site-packages", "dist-packages", "<frozen importlib")
@@ -47,9 +47,8 @@ def run(
     names. What a `main` that `compiles` compiles is kept for the next start; it imports JAX itself.
     """
     sys.unraisablehook = _end_where_dropped
-    for number in _SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _stop)
+    for number in obeyed_signals():
+        signal.signal(number, _stop)
     _watch_for_signals()
     app.define_help_flags()
     keep_freed_memory()
@@ -88,7 +87,7 @@ def run(
         code = _complain(["this machine has too little memory for what is asked; scripts/plan.py says what it takes"])
     finally:
         # All is done. The interpreter takes a second to end, in which a signal would change what the exit code says.
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 

@@ -35,6 +35,7 @@ from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.attention import uses_flash_attention
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params, num_params
+from tinystories_jax.signals import obeyed_signals
 from tinystories_jax.streams import let_go_of_lost_streams
 from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.environment import describe_environment, recorded_start
@@ -453,17 +454,15 @@ class _Meter:
 
 
 class _StopSignals:
-    """Notes SIGTERM, SIGINT, and SIGHUP where it is not ignored (nohup), for the loop to act on between two updates; a
-    second SIGINT exits at once."""
+    """Notes a signal to stop, for the loop to act on between two updates; a second SIGINT exits at once."""
 
     def __init__(self):
         self.signal: int | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "_StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note)
+        for number in obeyed_signals():
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -14,7 +14,6 @@ from tinystories_jax.config import Config, OptimConfig, Schedule
 # weight decay suits both (Liu et al. 2025, arXiv:2502.16982).
 MUON_UPDATE_RMS = 0.2
 
-
 # Of a stack of matrices.
 _ROWS_AND_COLUMNS = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
