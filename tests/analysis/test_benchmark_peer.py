@@ -112,7 +112,7 @@ def test_sides_take_turns_and_the_medians_are_compared():
     def side(name: str):
         def run() -> dict[str, Any]:
             order.append(name)
-            return {"tokens_per_second": next(speeds[name]), "process_bytes": 5}
+            return {"tokens_per_second": next(speeds[name]), "dtype": "float32", "process_bytes": 5}
 
         return run
 
@@ -120,6 +120,7 @@ def test_sides_take_turns_and_the_medians_are_compared():
     assert order == ["ours", "PyTorch eager"] * 3
     figures = {name: peer_rounds._speed(runs) for name, runs in taken.items()}
     assert figures["ours"]["tokens_per_second"]["median"] == 4.0
+    assert figures["ours"]["dtype"] == "float32"
     assert peer_rounds._ratios(figures) == {"ours / PyTorch eager": 2.0}
 
 
@@ -177,4 +178,6 @@ def test_both_sides_are_compared_in_processes_of_their_own(monkeypatch):
     decoded = compare_decoding(config, "gpu", 1, 0.0, print)
     assert set(decoded["batch 2"]["ratios"]) == {"ours / PyTorch eager"}
     for name, figures in (("train_peer", trained), ("decode_peer", decoded)):
-        assert "ours / PyTorch eager" in format_section({name: figures})
+        table = format_section({name: figures})
+        assert "ours / PyTorch eager" in table
+        assert table.count("float32") == (2 if name == "decode_peer" else 3)

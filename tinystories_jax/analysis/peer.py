@@ -30,14 +30,14 @@ def compute_reference(config: Config, path: Path) -> dict[str, Any]:
 def time_training(config: Config, rows: int, seconds: float, compiled: bool, path: Path) -> dict[str, Any]:
     """Returns what ours does: seconds of the first update, medians of an update and of tokens per second.
 
-    bf16 autocast where the config asks for it and the processor has instructions for it, float32 elsewhere; the
-    strongest of PyTorch's AdamW, `fused`.
+    bf16 by autocast; the strongest of PyTorch's AdamW, `fused`.
     """
     run = _TrainingRun(config, rows, compiled, path)
     first_seconds = run.run(1)
     took = time_repeated(run.run, seconds=seconds, at_least=1)
     tokens = rows * config.data.sequence_length * config.train.grad_accum_steps
     return {
+        "dtype": _dtype(config),
         "compile_seconds": max(first_seconds - took.median, 0.0),
         "update_seconds": took.median,
         "tokens_per_second": tokens / took.median,
@@ -49,8 +49,7 @@ def time_training(config: Config, rows: int, seconds: float, compiled: bool, pat
 def time_decoding(config: Config, rows: int, seconds: float, path: Path) -> dict[str, Any]:
     """Returns tokens per second of `generate` with its KV cache, as ours does: same prompt, same count of tokens."""
     model = _load(config, path)[0].eval()
-    if _autocasts(config):
-        model = model.to(torch.bfloat16)  # type: ignore[arg-type]
+    model = model.to(getattr(torch, _dtype(config)))  # type: ignore[arg-type]
     new_tokens = num_new_tokens(config)
     prompt = torch.arange(PROMPT_LENGTH, device=model.device).repeat(rows, 1) % config.model.vocab_size
     sampling: dict[str, Any] = {"do_sample": False}
@@ -73,7 +72,11 @@ def time_decoding(config: Config, rows: int, seconds: float, path: Path) -> dict
 
     write()
     took = spread_of(take_samples(write, seconds=seconds, at_least=1))
-    return {"token_seconds": took.median / new_tokens, "tokens_per_second": rows * new_tokens / took.median}
+    return {
+        "dtype": _dtype(config),
+        "token_seconds": took.median / new_tokens,
+        "tokens_per_second": rows * new_tokens / took.median,
+    }
 
 
 class _TrainingRun:
@@ -111,7 +114,7 @@ class _TrainingRun:
             block = micro_batch_at(self._tokens, config, self._micro_step, num_rows=self._rows)
             self._micro_step += 1
             on_device = torch.from_numpy(block).to(self._device, torch.int64)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=_autocasts(config)):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=_dtype(config) == "bfloat16"):
                 loss = self._loss(self._model, on_device)
             (loss / micro_steps).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.optim.max_grad_norm)
@@ -157,6 +160,7 @@ def _loss(model: LlamaForCausalLM, block: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), block[:, 1:].flatten())
 
 
-def _autocasts(config: Config) -> bool:
-    # Without instructions for it, PyTorch is hundreds of times slower in bf16 than in float32: nothing to compare with.
-    return config.model.dtype == "bfloat16" and (torch.cuda.is_available() or multiplies_bfloat16())
+def _dtype(config: Config) -> str:
+    """Returns what the peer multiplies in: bf16 where the config asks for it and there are instructions for it."""
+    # Without them PyTorch is hundreds of times slower in bf16 than in float32: nothing to compare with.
+    return config.model.dtype if torch.cuda.is_available() or multiplies_bfloat16() else "float32"

@@ -105,7 +105,8 @@ def check_same_function(config: Config, weights: Path) -> dict[str, Any]:
 
 
 def _time_our_decoding(config: Config, rows: int, seconds: float) -> dict[str, Any]:
-    return {"tokens_per_second": time_decoding(config, rows, seconds)["tokens_per_second"]["median"]}
+    figures = time_decoding(config, rows, seconds)
+    return {"dtype": figures["matrix_dtype"], "tokens_per_second": figures["tokens_per_second"]["median"]}
 
 
 def _allocators(platform: str) -> dict[str, Environment]:
@@ -148,7 +149,8 @@ def _speed(runs: list[dict[str, Any]]) -> dict[str, Any]:
         for name in ("compile_seconds", "planned_bytes", "device_bytes", "process_bytes")
         if name in runs[0]
     }
-    return {"tokens_per_second": spread_of([run["tokens_per_second"] for run in runs])._asdict(), **others}
+    speeds = spread_of([run["tokens_per_second"] for run in runs])
+    return {"tokens_per_second": speeds._asdict(), "dtype": runs[0]["dtype"], **others}
 
 
 def _ratios(speeds: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -177,7 +177,7 @@ def _format_peer(peer: dict[str, Any]) -> list[str]:
 
 
 def _speed(figures: dict[str, Any]) -> str:
-    speed = f"{_rate(figures['tokens_per_second'])}"
+    speed = f"{_rate(figures['tokens_per_second'])}, {figures['dtype']}"
     if "compile_seconds" in figures:
         speed += f", compile time {figures['compile_seconds']:.1f} s"
     if figures.get("process_bytes"):

@@ -129,6 +129,7 @@ def time_training(config: Config, rows: int, seconds: float) -> dict[str, Any]:
     update_seconds = time_repeated(run.run, seconds=seconds, at_least=1)
     tokens = rows * config.data.sequence_length * config.train.grad_accum_steps
     return {
+        "dtype": config.model.dtype,
         "compile_seconds": run.compile_seconds,
         "update_seconds": update_seconds.median,
         "tokens_per_second": tokens / update_seconds.median,
