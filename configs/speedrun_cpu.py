@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 8  # 2,048 tokens an update, a quarter of those of cpu_real
     config.train.max_updates = 512  # 1.05 M tokens: those of 128 updates of cpu_real
     config.optim.muon_learning_rate = 7e-3
-    config.optim.muon_momentum = 0.85  # of a short run: what 0.95 remembers is too old for it
+    config.optim.muon_momentum = 0.85  # found by search: a short run, and 0.95 remembers long
     config.optim.learning_rate = 4e-2  # of embedding and norms
     config.optim.beta2 = 0.99  # small updates are noisy: a memory of as many tokens as that of cpu_real
     config.optim.min_learning_rate = 0.0
