@@ -14,6 +14,7 @@ from tests.model.test_transformer import CONFIG
 from tinystories_jax.errors import UserError
 from tinystories_jax.model import generate as generate_module
 from tinystories_jax.model.generate import Sampling, generate, generate_chunks
+from tinystories_jax.model.products import PACKED
 from tinystories_jax.model.transformer import (
     decode_step,
     decode_weights,
@@ -60,45 +61,63 @@ def test_greedy_equals_repeated_full_forwards_for_unequal_prompts(params):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
-def test_a_cpu_writes_a_few_texts_in_float32(params):
-    assert write_in_bfloat16(params, PROMPTS) == write(params)
-    # That says something: the logits of the two differ.
-    padded = jnp.array([PROMPTS[0]])
-    assert not np.allclose(FORWARD(params, padded, CONFIG), FORWARD(params, padded, IN_BFLOAT16), atol=1e-3)
+def test_in_bfloat16_a_text_is_the_same_alone_and_beside_a_few(params):
+    """Alone from packed matrices, beside others from the same in float32."""
+    limits = {"end_token": -1, "max_new_tokens": 30}
+    together = write_in_bfloat16(params, PROMPTS, **limits)
+    alone = [write_in_bfloat16(params, [prompt], first_row=row, **limits)[0] for row, prompt in enumerate(PROMPTS)]
+    assert together == alone
+    # That says something: from matrices and a cache that are not rounded, a text is another.
+    assert together != write(params, temperature=1.0, **limits)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU writes in bfloat16")
-def test_a_cpu_writes_many_texts_with_matrices_in_bfloat16(params, monkeypatch):
+def test_a_cpu_multiplies_for_many_texts_in_bfloat16(params, monkeypatch):
     monkeypatch.setattr(generate_module, "multiplies_bfloat16", lambda: True)
     prompts = [[0, number] for number in range(1, 17)]
     texts = write_in_bfloat16(params, prompts, end_token=-1)
-    in_float32 = write(params, prompts, end_token=-1)
-    assert sum(ours != plain for ours, plain in zip(texts, in_float32, strict=True)) >= 2
+    of_a_few = [
+        *write_in_bfloat16(params, prompts[:8], end_token=-1),
+        *write_in_bfloat16(params, prompts[8:], end_token=-1, first_row=8),
+    ]
+    assert sum(ours != plain for ours, plain in zip(texts, of_a_few, strict=True)) >= 2
     # Half of them, told that they are part of 16, are multiplied alike.
     assert write_in_bfloat16(params, prompts[:8], end_token=-1, num_rows=16) == texts[:8]
-    assert write_in_bfloat16(params, prompts[:8], end_token=-1) == in_float32[:8]
     # Without instructions for it there is nothing to gain.
     monkeypatch.setattr(generate_module, "multiplies_bfloat16", lambda: False)
-    assert write_in_bfloat16(params, prompts, end_token=-1) == in_float32
+    assert write_in_bfloat16(params, prompts, end_token=-1) == of_a_few
 
 
 def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
-    """All products with them have results in float32; the cache stays in float32."""
-    batch_size, cache_length = 3, 40
-    program = lower_decode_until(params, batch_size, cache_length, matrix_dtype="bfloat16").as_text()
+    """All products with them have results in float32; what attention adds up is in float32."""
+    program = lower_decode_until(params, 3, 40, kept_as="bfloat16").as_text()
     operands = re.findall(r"stablehlo.dot_general .*: \((.*)\) -> tensor<(.*)>", program)
     in_bfloat16 = [types for types, result in operands if types.count("xbf16>") == 2 and result.endswith("xf32")]
-    of_the_cache = [types for types, _ in operands if f"{cache_length}x" in types and types.count("xf32>") == 2]
+    in_float32 = [types for types, _ in operands if types.count("xf32>") == 2]
     assert len(in_bfloat16) == 4 * CONFIG.num_layers + 1
-    assert len(of_the_cache) == 2 * CONFIG.num_layers
-    assert len(operands) == len(in_bfloat16) + len(of_the_cache)
+    assert len(in_float32) == 2 * CONFIG.num_layers
+    assert len(operands) == len(in_bfloat16) + len(in_float32)
 
 
-def test_matrices_in_bfloat16_give_the_logits_of_float32_but_for_rounding(params):
-    weights = decode_weights(params, CONFIG, dtype="bfloat16")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU packs")
+def test_packed_matrices_are_unpacked_where_they_are_multiplied(params):
+    """No half of one is written to memory in float32, neither in the loop nor, for all steps, before it."""
+    program = lower_decode_until(params, 1, 40, kept_as=PACKED, packed=True).compile().as_text()
+    shape = rf"{CONFIG.d_model // 2},{2 * CONFIG.d_ff}\]"
+    (loop,) = re.findall(r".* while\(.*", program)
+    assert len(re.findall(rf"u32\[{shape}", loop)) == CONFIG.num_layers
+    outside_of_fusions = [part for part in program.split("\n\n") if not part.lstrip().startswith("%fused_computation")]
+    assert loop in "".join(outside_of_fusions)
+    assert not re.findall(rf"= .*f32\[(?:1,)*{shape}.*", "".join(outside_of_fusions))
+
+
+@pytest.mark.parametrize("kept_as", ["bfloat16", "float32", PACKED])
+def test_rounded_matrices_give_the_logits_of_float32_but_for_rounding(params, kept_as):
+    packed = kept_as == PACKED
+    weights = decode_weights(params, CONFIG, rounded_to="bfloat16", kept_as=kept_as)
     tokens_BT, lengths_B = jnp.array([[5, 9, 33, 8], [7, 7, 2, 0]]), jnp.array([3, 2])
     full_BTV, rows = FORWARD(params, tokens_BT, CONFIG), jnp.arange(2)
-    logits_BV, cache = prefill(weights, tokens_BT, lengths_B, CONFIG, cache_length=6)
+    logits_BV, cache = prefill(weights, tokens_BT, lengths_B, CONFIG, cache_length=6, packs_cache=packed)
     bound = 0.02 * float(jnp.abs(full_BTV).max())
     np.testing.assert_allclose(logits_BV, full_BTV[rows, lengths_B - 1], atol=bound)
     logits_BV, _ = decode_step(weights, tokens_BT[rows, lengths_B], lengths_B, cache, CONFIG)
@@ -272,27 +291,28 @@ def test_prompt_lengths_and_sampling_values_compile_a_handful_of_programs(params
     assert programs._decode_until._cache_size() <= 2
 
 
-def lower_decode_until(params, batch_size, cache_length, *, matrix_dtype):
+def lower_decode_until(params, batch_size, cache_length, *, kept_as, packed=False):
     state = generate_module.DecodeState(
         jax.random.split(jax.random.key(0), batch_size),
         jnp.zeros((batch_size, 48), jnp.int32),
         jnp.ones(batch_size, jnp.int32),
         jnp.zeros(batch_size, bool),
         jnp.int32(1),
-        init_kv_cache(CONFIG, batch_size, cache_length),
+        init_kv_cache(CONFIG, batch_size, cache_length, packed=packed),
     )
     draw = generate_module._Draw(jnp.float32(1), jnp.int32(97), jnp.float32(1), jnp.float32(1))
     filters = generate_module._Filters(greedy=True, truncate=False, penalize=False)
     jitted: Any = generate_module._decode_until
-    weights = decode_weights(params, CONFIG, dtype=matrix_dtype)
+    weights = decode_weights(params, CONFIG, rounded_to="bfloat16", kept_as=kept_as)
     return jitted.lower(weights, state, np.int32(9), draw, config=CONFIG, filters=filters, end_token=0)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_cache_is_written_in_place(params, batch_size):
+def test_the_cache_is_written_in_place(params, batch_size, packed):
     """Copies of it for every token would be a large part of the time that a token takes."""
     cache_length = 160
-    program = lower_decode_until(params, batch_size, cache_length, matrix_dtype="float32").compile()
+    program = lower_decode_until(params, batch_size, cache_length, kept_as="float32", packed=packed).compile()
     loops = [part for part in program.as_text().split("\n\n") if " dot(" in part or "dot_general" in part]
     assert any(str(cache_length) in loop for loop in loops)
     copies = [
@@ -300,7 +320,7 @@ def test_the_cache_is_written_in_place(params, batch_size):
         for loop in loops
         if not loop.startswith("ENTRY")
         for line in loop.splitlines()
-        if re.search(rf"= f32\[[\d,]*(8,{cache_length}|{cache_length},8)\]\S* copy\(", line)
+        if re.search(rf"= [fu]32\[[\d,]*([48],{cache_length}|{cache_length},[48])\]\S* copy\(", line)
     ]
     assert copies == []
 

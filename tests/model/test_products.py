@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinystories_jax.model.products import multiply, rounded_einsum, sum_outer_products
+from tinystories_jax.model.products import (
+    PACKED,
+    is_packed,
+    keep_matrix,
+    multiply,
+    multiply_each,
+    multiply_into_float32,
+    pack,
+    rounded_einsum,
+    sum_outer_products,
+)
 
 
 def make_operands(width_in, width_out, num_rows, dtype="float32"):
@@ -48,6 +58,44 @@ def test_rows_in_float32_times_a_matrix_in_bfloat16_are_summed_and_given_in_floa
     rounded_rows, rounded_matrix = (array.astype(jnp.bfloat16).astype(jnp.float32) for array in (rows, matrix))
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, rounded_rows @ rounded_matrix, rtol=1e-5, atol=1e-4)
+
+
+def round_to_bfloat16(array):
+    return np.asarray(array.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("apply", [multiply, multiply_into_float32])
+@pytest.mark.parametrize(("width_in", "width_out"), [(8, 5), (448, 1344), (6, 4), (2, 3)])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_product_with_a_packed_matrix_is_that_with_its_entries_in_bfloat16(width_in, width_out, num_rows, apply):
+    rows, matrix = make_operands(width_in, width_out, num_rows)
+    product = jax.jit(apply)(rows, keep_matrix(matrix, rounded_to="bfloat16", kept_as=PACKED))
+    assert product.dtype == jnp.float32
+    np.testing.assert_allclose(product, rows @ round_to_bfloat16(matrix), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kept_as", ["float32", "bfloat16", PACKED])
+@pytest.mark.parametrize("width_in", [6, 7])
+def test_a_matrix_is_rounded_to_the_same_however_it_is_kept(width_in, kept_as):
+    _, matrix = make_operands(width_in, 5, 1)
+    kept = jax.jit(keep_matrix, static_argnames=("rounded_to", "kept_as"))
+    kept = kept(matrix, rounded_to="bfloat16", kept_as=kept_as)
+    assert is_packed(kept) == (kept_as == PACKED and width_in == 6)  # no halves of an odd number of rows
+    np.testing.assert_array_equal(multiply_into_float32(jnp.eye(width_in), kept), round_to_bfloat16(matrix))
+
+
+@pytest.mark.parametrize("rounded_to", ["float32", "bfloat16"])
+@pytest.mark.parametrize("packed_axis", [None, 1, 2])
+@pytest.mark.parametrize(("width_in", "width_out"), [(64, 96), (6, 10), (40, 2)])
+def test_rows_are_multiplied_each_with_its_own_matrix(width_in, width_out, packed_axis, rounded_to):
+    rng = np.random.default_rng(0)
+    rows_NRD = jnp.array(rng.standard_normal((5, 2, width_in)), jnp.float32)
+    matrices_NDF = jnp.array(rng.standard_normal((5, width_in, width_out)), rounded_to)
+    given = matrices_NDF if packed_axis is None else pack(matrices_NDF, axis=packed_axis)
+    products = jax.jit(multiply_each)(rows_NRD, given)
+    matrices = round_to_bfloat16(matrices_NDF) if packed_axis else matrices_NDF.astype(jnp.float32)
+    assert products.dtype == jnp.float32
+    np.testing.assert_allclose(products, np.asarray(rows_NRD) @ np.asarray(matrices), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU gets products as they are")

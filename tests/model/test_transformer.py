@@ -42,6 +42,9 @@ CONFIG = ModelConfig(
 )
 
 
+IN_FLOAT32 = {"rounded_to": "float32", "kept_as": "float32"}
+
+
 @pytest.fixture(scope="module")
 def params():
     return init_params(CONFIG, jax.random.key(0))
@@ -188,7 +191,7 @@ def test_each_layer_calls_flash_attention_forward_and_backward(monkeypatch):
 def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddings, num_kv_heads, tokens_BT):
     config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings, num_kv_heads=num_kv_heads)
     params = init_params(config, jax.random.key(2))
-    weights = decode_weights(params, config, dtype="float32")
+    weights = decode_weights(params, config, **IN_FLOAT32)
     full_BTV = forward(params, tokens_BT, config)
     rows, lengths_B = jnp.arange(3), jnp.array([1, 12, 7])
     logits_BV, cache = prefill(weights, tokens_BT[:, :12], lengths_B, config, cache_length=20)
@@ -199,7 +202,7 @@ def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddi
 
 
 def test_decoding_from_an_empty_cache_equals_the_full_forward(params, tokens_BT):
-    cache, weights = init_kv_cache(CONFIG, 3, 20), decode_weights(params, CONFIG, dtype="float32")
+    cache, weights = init_kv_cache(CONFIG, 3, 20), decode_weights(params, CONFIG, **IN_FLOAT32)
     full_BTV = forward(params, tokens_BT, CONFIG)
     for position in range(4):
         positions_B = jnp.full(3, position)

@@ -126,7 +126,7 @@ def _decode_differences(
     """Returns the largest difference of logits after the prompts, and after each of `new_tokens` - 1 tokens more."""
     context, rows = small.data.sequence_length, np.arange(len(lengths_B))
     room = context + new_tokens
-    weights = transformer.decode_weights(params, small.model, dtype=small.model.dtype)
+    weights = transformer.decode_weights(params, small.model, rounded_to=small.model.dtype, kept_as=small.model.dtype)
     prefill = jax.jit(functools.partial(transformer.prefill, config=small.model, cache_length=room))
     decode_step = jax.jit(functools.partial(transformer.decode_step, config=small.model))
     prompts_BT = np.where(np.arange(context)[None] < lengths_B[:, None], tokens_BT, END_OF_STORY_ID)

@@ -16,6 +16,7 @@ import numpy as np
 from tinystories_jax.background import in_background
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.errors import UserError
+from tinystories_jax.model.products import PACKED
 from tinystories_jax.model.transformer import (
     DecodeWeights,
     KVCache,
@@ -145,7 +146,7 @@ def generate_chunks(
     The rows draw as rows `first_row`, `first_row` + 1, ... of a larger batch would, with matrices as for one of
     `num_rows` rows (0: as many as there are prompts).
     """
-    dtype = matrix_dtype(config, num_rows or len(prompts))
+    kept_as, rounded_to, packs_cache = matrix_form(config, num_rows or len(prompts)), config.dtype, _packs(config)
     config = decode_config(config)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     _check_prompts(lengths, context_length, max_new_tokens)
@@ -161,10 +162,10 @@ def generate_chunks(
     # twice as many when they are full, until the last token has one.
     max_new_tokens = min(max_new_tokens, context_length)
     room, most_room = _SMALLEST_ROOM, -(-max_new_tokens // _SMALLEST_ROOM) * _SMALLEST_ROOM
-    array_lengths = {"context_length": context_length, "cache_length": prompt_bucket + room}
-    weights = _decode_weights(params, config=config, dtype=dtype)
+    arrays = {"context_length": context_length, "cache_length": prompt_bucket + room, "packs_cache": packs_cache}
+    weights = _decode_weights(params, config=config, rounded_to=rounded_to, kept_as=kept_as)
     states = [
-        _start(weights, tokens_BT[rows], lengths[rows], row_keys_B[rows], **array_lengths, **common)
+        _start(weights, tokens_BT[rows], lengths[rows], row_keys_B[rows], **arrays, **common)
         for rows in np.split(np.arange(len(prompts)), _num_groups(len(prompts)))
     ]
     decode_until = functools.partial(_decode_until, weights, **common)
@@ -182,24 +183,30 @@ def generate_chunks(
 
 
 def decode_config(config: ModelConfig) -> ModelConfig:
-    """Returns the config that texts are written with: on a CPU with activations and cache in float32.
+    """Returns the config that texts are written with: on a CPU with activations in float32.
 
-    XLA's CPU backend converts the cache from bf16 for each token, and multiplies a single row with a matrix in bf16 at
-    less than half of the rate in bytes: writing is slower than in float32, and more so the longer the text
-    (docs/benchmarks.md).
+    XLA's CPU backend has no arithmetic in bf16 but products of many rows: it converts to float32 and back.
     """
     return replace(config, dtype="float32") if jax.default_backend() == "cpu" else config
 
 
-def matrix_dtype(config: ModelConfig, num_rows: int) -> str:
-    """Returns the dtype of the matrices and of the products with them: the config's, but on a CPU float32 for few rows,
-    and for all where it has no instructions for bf16.
+def matrix_form(config: ModelConfig, num_rows: int) -> str:
+    """Returns how matrices are kept (`products.keep_matrix`), rounded to the config's dtype.
 
-    With them many rows are written faster in bf16, with half as many bytes to read (docs/benchmarks.md). A few gain
-    little, and so a story is the same alone and beside a few others, but for the rounding of float32.
+    A CPU reads those in bf16 packed for a single row, and as they are for many where it has instructions for bf16: half
+    as many bytes (docs/benchmarks.md). For a few rows it has them in float32, so that a story is the same alone and
+    beside a few others, but for the rounding of float32; many round the activations too.
     """
-    in_low_precision = num_rows >= _FEWEST_IN_LOW_PRECISION and multiplies_bfloat16()
-    return config.dtype if in_low_precision else decode_config(config).dtype
+    if not _packs(config):
+        return config.dtype
+    if num_rows == 1:
+        return PACKED
+    return "bfloat16" if num_rows >= _FEWEST_IN_LOW_PRECISION and multiplies_bfloat16() else "float32"
+
+
+def _packs(config: ModelConfig) -> bool:
+    """Returns whether a single row's matrices, and every row's cache, are packed (`products.pack`)."""
+    return config.dtype == "bfloat16" and jax.default_backend() == "cpu"
 
 
 def _num_groups(batch_size: int) -> int:
@@ -242,7 +249,9 @@ def _trace_sampling(sampling: Sampling, vocab_size: int) -> tuple[_Draw, _Filter
     return draw, filters
 
 
-@functools.partial(jax.jit, static_argnames=("config", "filters", "end_token", "context_length", "cache_length"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "filters", "end_token", "context_length", "cache_length", "packs_cache")
+)
 def _start(
     weights: DecodeWeights,
     tokens_BT: jax.Array,
@@ -255,15 +264,18 @@ def _start(
     end_token: int,
     context_length: int,
     cache_length: int,
+    packs_cache: bool,
 ) -> DecodeState:
-    logits_BV, cache = prefill(weights, tokens_BT, lengths_B, config, cache_length=cache_length)
+    logits_BV, cache = prefill(
+        weights, tokens_BT, lengths_B, config, cache_length=cache_length, packs_cache=packs_cache
+    )
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, context_length - tokens_BT.shape[1])))
     finished_B = jnp.zeros(lengths_B.shape, bool)
     state = DecodeState(row_keys_B, tokens_BT, lengths_B, finished_B, jnp.int32(0), cache)
     return _append(state, logits_BV, draw, filters, end_token)
 
 
-_decode_weights = jax.jit(decode_weights, static_argnames=("config", "dtype"))
+_decode_weights = jax.jit(decode_weights, static_argnames=("config", "rounded_to", "kept_as"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "filters", "end_token"), donate_argnames="state")

@@ -1,31 +1,86 @@
 """Products of matrices, in the form that is fast where they run: all that is particular to a CPU stands here."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-_NUM_PARTS = 4
+PACKED = "packed bfloat16"
+_MOST_TERMS = 8
 _MOST_PIECES = 8
 
 
 def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
-    """Returns rows (..., D) times a matrix, as (..., F) in the rows' dtype, from a product in the matrix's."""
-    width_in, width_out = matrix_DF.shape
+    """Returns rows (..., D) times a matrix, as (..., F) in the rows' dtype, from a product in the matrix's.
+
+    A matrix may be packed.
+    """
     if rows.dtype != matrix_DF.dtype:
-        # As when a CPU writes many texts (model/generate.py).
+        # As when a CPU writes texts (model/generate.py).
         return multiply_into_float32(rows, matrix_DF).astype(rows.dtype)
     if jax.default_backend() != "cpu":
         return rows @ matrix_DF
-    if rows.size == width_in and width_in % _NUM_PARTS == 0:
-        return _multiply_in_parts(rows.reshape(width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
+    width_in, width_out = matrix_DF.shape
+    if rows.size == width_in:
+        return _multiply_row(rows.reshape(width_in), matrix_DF).astype(rows.dtype).reshape(*rows.shape[:-1], width_out)
     return _multiply_rows(rows.reshape(-1, width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
 
 
 def multiply_into_float32(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
-    """Returns rows (..., D) times a matrix, as float32 (..., F): a product in the matrix's dtype, summed in float32."""
+    """Returns rows (..., D) times a matrix, as float32 (..., F): a product in the matrix's dtype, summed in float32.
+
+    With a packed matrix it is a product in float32.
+    """
+    if is_packed(matrix_DF):
+        if rows.size == rows.shape[-1]:
+            return _multiply_row(rows.reshape(-1), matrix_DF).reshape(*rows.shape[:-1], -1)
+        rows, matrix_DF = jax.lax.optimization_barrier((rows, matrix_DF))
+        of_halves = zip(jnp.split(rows, 2, axis=-1), _unpack(matrix_DF), strict=True)
+        return sum((multiply_into_float32(half, matrix) for half, matrix in of_halves), start=jnp.float32(0))
     return jnp.einsum("...D,DF->...F", rows.astype(matrix_DF.dtype), matrix_DF, preferred_element_type=jnp.float32)
+
+
+def multiply_each(rows_NRD: jax.Array, matrices_NDF: jax.Array) -> jax.Array:
+    """Returns the float32 products (N, R, F) of N groups of a few rows, each with its matrix, which may be packed along
+    D or F."""
+    if jax.default_backend() != "cpu" and not is_packed(matrices_NDF):
+        return jnp.einsum("NRD,NDF->NRF", rows_NRD, matrices_NDF, preferred_element_type=jnp.float32)
+    rows_NRD = rows_NRD.astype(jnp.float32)
+    if not is_packed(matrices_NDF):
+        return _sum_terms([(rows_NRD, matrices_NDF.astype(jnp.float32))])
+    halves = _unpack(matrices_NDF)
+    if 2 * matrices_NDF.shape[1] == rows_NRD.shape[2]:
+        return _sum_terms(list(zip(jnp.split(rows_NRD, 2, axis=2), halves, strict=True)))
+    return jnp.concatenate([_sum_terms([(rows_NRD, half)]) for half in halves], axis=2)
+
+
+def keep_matrix(matrix_DF: jax.Array, *, rounded_to: str, kept_as: str) -> jax.Array:
+    """Returns a float32 matrix rounded to a dtype, in the form in which products with it read it: "float32", "bfloat16"
+    or `PACKED`, which is float32 after all where D is odd."""
+    if kept_as == PACKED and matrix_DF.shape[0] % 2 == 0:
+        return pack(matrix_DF, axis=0)
+    if rounded_to == "bfloat16":
+        # XLA may drop a conversion to bf16 and back (xla_allow_excess_precision).
+        matrix_DF = jax.lax.reduce_precision(matrix_DF, exponent_bits=8, mantissa_bits=7)
+    return matrix_DF.astype("float32" if kept_as == PACKED else kept_as)
+
+
+def pack(array: jax.Array, axis: int) -> jax.Array:
+    """Returns an array as uint32 of half its length along `axis`: of two entries in bf16, half of the axis apart, the
+    first is in the lower 16 bits.
+
+    XLA's CPU backend reads no array in bf16 for a product with a single row: it converts it into one in float32 before.
+    What is shifted into place by a program of its own it reads as it is.
+    """
+    low, high = jnp.split(jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16), 2, axis=axis)
+    return low.astype(jnp.uint32) | (high.astype(jnp.uint32) << 16)
+
+
+def is_packed(array: jax.Array) -> bool:
+    """Returns whether this is what `pack` returns."""
+    return array.dtype == jnp.uint32
 
 
 def rounded_einsum(subscripts: str, left: Any, right: Any) -> jax.Array:
@@ -53,15 +108,39 @@ def sum_outer_products(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum("...PNX,...PNY->...XY", left, right, preferred_element_type=jnp.float32)
 
 
-def _multiply_in_parts(row_D: jax.Array, matrix_DF: jax.Array) -> jax.Array:
-    """A single row, as when one text is written. XLA's CPU backend goes through such a matrix in one thread, at half of
-    the rate at which memory could give it; several products at once it spreads over the threads."""
-    width_in, width_out = matrix_DF.shape
-    parts = (_NUM_PARTS, width_in // _NUM_PARTS)
-    products_PF = jnp.einsum(
-        "PD,PDF->PF", row_D.reshape(parts), matrix_DF.reshape(*parts, width_out), preferred_element_type=jnp.float32
-    )
-    return products_PF.sum(axis=0).astype(row_D.dtype)
+def _multiply_row(row_D: jax.Array, matrix_DF: jax.Array) -> jax.Array:
+    """A single row, as when one text is written; the matrix may be packed."""
+    if is_packed(matrix_DF):
+        # Else XLA would unpack once what a loop reads in each step, and the loop would read twice as much.
+        row_D, matrix_DF = jax.lax.optimization_barrier((row_D, matrix_DF))
+    return multiply_each(row_D[None, None], matrix_DF[None])[0, 0]
+
+
+def _unpack(packed: jax.Array) -> list[jax.Array]:
+    """Returns both halves of what was packed, as float32."""
+    bits = [packed << 16, packed & jnp.uint32(0xFFFF0000)]
+    return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in bits]
+
+
+def _sum_terms(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """Returns the sum of the products of all pairs (N, R, D) and (N, D, F), as (N, R, F).
+
+    XLA's CPU backend gives such a product to a single thread, and memory could serve several. A sum of a few terms,
+    eighths of D, it computes in vectors and in all threads, in one loop over the matrix that unpacks it as well. What
+    is left to add up is a product with ones: any other sum XLA would join with the loop, which then goes down the
+    columns and waits for memory.
+    """
+    width_in = pairs[0][0].shape[2]
+    num_terms = math.gcd(width_in, _MOST_TERMS)
+    parts = (num_terms, width_in // num_terms)
+    products = []
+    for term in range(num_terms):
+        for rows_NRD, matrices_NDF in pairs:
+            rows_NRP1 = rows_NRD.reshape(*rows_NRD.shape[:2], *parts, 1)[:, :, term]
+            matrices_N1PF = matrices_NDF.reshape(matrices_NDF.shape[0], 1, *parts, -1)[:, :, term]
+            products.append(rows_NRP1 * matrices_N1PF)
+    sums_NRPF = functools.reduce(jnp.add, products)
+    return jnp.einsum("NP,NRPF->NRF", jnp.ones_like(sums_NRPF[:, 0, :, 0]), sums_NRPF)
 
 
 @jax.custom_vjp

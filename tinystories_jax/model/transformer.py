@@ -10,6 +10,7 @@ of several matrices side by side.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,14 @@ from flax import nnx
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.attention import causal_attention, uses_flash_attention
-from tinystories_jax.model.products import multiply, multiply_into_float32
+from tinystories_jax.model.products import (
+    is_packed,
+    keep_matrix,
+    multiply,
+    multiply_each,
+    multiply_into_float32,
+    pack,
+)
 
 Params = dict[str, Any]
 Array = jax.Array | np.ndarray
@@ -30,9 +38,9 @@ _NORM_EPSILON = 1e-5
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer. Slots stand last in keys and inner in values: the layouts that the two products of
-    a decode step read in order. Rows and heads are one axis N = B x G, since XLA copies a cache with an axis of length
-    1 before it writes into it, and one row is what is written most."""
+    """Keys and values of one layer, packed along K (model/products.py) or not. Slots stand last in keys and inner in
+    values: the layouts that the two products of a decode step read in order. Rows and heads are one axis N = B x G,
+    since XLA copies a cache with an axis of length 1 before it writes into it, and one row is what is written most."""
 
     keys_NKS: jax.Array
     values_NSK: jax.Array
@@ -59,7 +67,7 @@ class LayerKernels(NamedTuple):
 
 
 class DecodeWeights(NamedTuple):
-    """What writing reads besides the cache: all matrices in the dtype of their products, made once for all tokens,
+    """What writing reads besides the cache: all matrices in the form their products read, made once for all tokens,
     since making them takes as long as a token or two. Of `params` only vectors are read, and rows of the embedding."""
 
     params: Params
@@ -102,26 +110,36 @@ def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
     return multiply_into_float32(hidden, output_DV)
 
 
-def decode_weights(params: Params, config: ModelConfig, *, dtype: str) -> DecodeWeights:
-    """Returns what `prefill` and `decode_step` take, with matrices and their products in `dtype`."""
+def decode_weights(params: Params, config: ModelConfig, *, rounded_to: str, kept_as: str) -> DecodeWeights:
+    """Returns what `prefill` and `decode_step` take, with matrices as `products.keep_matrix` keeps them."""
     model = _bind(params, config)
-    return DecodeWeights(params, [layer.kernels(dtype) for layer in model.layers], model.output_matrix(dtype))
+    keep = functools.partial(keep_matrix, rounded_to=rounded_to, kept_as=kept_as)
+    return DecodeWeights(params, [layer.kernels(keep) for layer in model.layers], keep(model.output_matrix("float32")))
 
 
 def prefill(
-    weights: DecodeWeights, tokens_BT: jax.Array, lengths_B: jax.Array, config: ModelConfig, *, cache_length: int
+    weights: DecodeWeights,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    config: ModelConfig,
+    *,
+    cache_length: int,
+    packs_cache: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Returns float32 logits_BV after each prompt's last token, and the cache that holds the prompts.
 
     `tokens_BT` is padded on the right; `lengths_B` counts the real tokens, at least 1. The padding has slots of its
-    own, which are never seen; `cache_length` is T and room for what is to be written.
+    own, which are never seen; `cache_length` is T and room for what is to be written. The cache is packed
+    (model/products.py) or in the activations' dtype.
     """
     model = _bind(weights.params, config)
     hidden_BTD, keys_and_values = model.hidden(tokens_BT, weights.layers)
-    layers = [
-        LayerCache(_join_heads(jnp.transpose(keys_BTGK, (0, 2, 3, 1))), _join_heads(jnp.swapaxes(values_BTGK, 1, 2)))
-        for keys_BTGK, values_BTGK in keys_and_values
-    ]
+    layers = []
+    for keys_BTGK, values_BTGK in keys_and_values:
+        if packs_cache:
+            keys_BTGK, values_BTGK = pack(keys_BTGK, axis=3), pack(values_BTGK, axis=3)
+        keys_BGKT, values_BGTK = jnp.transpose(keys_BTGK, (0, 2, 3, 1)), jnp.swapaxes(values_BTGK, 1, 2)
+        layers.append(LayerCache(_join_heads(keys_BGKT), _join_heads(values_BGTK)))
     prompt_length = tokens_BT.shape[1]
     seen_BS = jnp.arange(prompt_length)[None] < lengths_B[:, None]
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -153,9 +171,10 @@ def grow_kv_cache(cache: KVCache, cache_length: int) -> KVCache:
     return cache._replace(layers=layers, seen_BS=grow(cache.seen_BS, 1))
 
 
-def init_kv_cache(config: ModelConfig, batch_size: int, cache_length: int) -> KVCache:
-    """Returns an empty cache, in the activations' dtype."""
+def init_kv_cache(config: ModelConfig, batch_size: int, cache_length: int, *, packed: bool = False) -> KVCache:
+    """Returns an empty cache, packed (model/products.py) or in the activations' dtype."""
     keys_NKS = jnp.zeros((batch_size * config.num_kv_heads, config.head_dim, cache_length), config.dtype)
+    keys_NKS = pack(keys_NKS, axis=1) if packed else keys_NKS
     layers = [LayerCache(keys_NKS, jnp.swapaxes(keys_NKS, 1, 2)) for _ in range(config.num_layers)]
     return KVCache(layers, jnp.zeros((batch_size, cache_length), bool), jnp.int32(0))
 
@@ -282,11 +301,11 @@ class DecoderLayer(nnx.Module):
         hidden_BTD = hidden_BTD + attended_BTD
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD), kernels), cache
 
-    def kernels(self, dtype: str) -> LayerKernels:
-        """Returns the layer's own matrices, in `dtype`."""
+    def kernels(self, keep: Callable[[jax.Array], jax.Array]) -> LayerKernels:
+        """Returns the layer's own matrices, each as `keep` returns it."""
 
         def join(*layers: nnx.Linear) -> jax.Array:
-            return jnp.concatenate([layer.kernel[...].astype(dtype) for layer in layers], axis=1)
+            return jnp.concatenate([keep(layer.kernel[...]) for layer in layers], axis=1)
 
         attention, mlp = self.self_attn, self.mlp
         return LayerKernels(
@@ -338,11 +357,11 @@ class Attention(nnx.Module):
         cache = _write(cache, _join_heads(keys_BTGK[:, 0]), _join_heads(values_BTGK[:, 0]), slot)
         # R query heads share a key/value head; they stand next to each other, as in Llama.
         queries_NRK = queries_BTHK.reshape(cache.keys_NKS.shape[0], -1, self.config.head_dim)
-        scores_NRS = jnp.einsum("NRK,NKS->NRS", queries_NRK, cache.keys_NKS, preferred_element_type=jnp.float32)
+        scores_NRS = multiply_each(queries_NRK, cache.keys_NKS)
         scores_NRS = jnp.where(seen_NS[:, None], scores_NRS * self.config.head_dim**-0.5, -jnp.inf)
         # Softmax in float32: bf16 has 8 significant bits, and the tail is what sampling draws from.
         weights_NRS = jax.nn.softmax(scores_NRS, axis=-1).astype(hidden_BTD.dtype)
-        attended_NRK = jnp.einsum("NRS,NSK->NRK", weights_NRS, cache.values_NSK)
+        attended_NRK = multiply_each(weights_NRS, cache.values_NSK).astype(hidden_BTD.dtype)
         return self._output(attended_NRK.reshape(queries_BTHK.shape), kernels), cache
 
     def _project(
@@ -386,7 +405,7 @@ def _run_layer(
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Made in here, so that remat makes them again and keeps no copy.
-    kernels = layer.kernels(layer.config.dtype) if kernels is None else kernels
+    kernels = layer.kernels(lambda matrix: matrix.astype(layer.config.dtype)) if kernels is None else kernels
     return layer(hidden_BTD, rotation, kernels, dropout_key)
 
 
@@ -440,6 +459,8 @@ def _join_heads(heads: jax.Array) -> jax.Array:
 
 def _write(cache: LayerCache, keys_NK: jax.Array, values_NK: jax.Array, slot: jax.Array) -> LayerCache:
     """Returns the cache with one token a row in `slot`; in place in a loop, or when the cache is donated."""
+    if is_packed(cache.keys_NKS):
+        keys_NK, values_NK = pack(keys_NK, axis=1), pack(values_NK, axis=1)
     return LayerCache(
         keys_NKS=jax.lax.dynamic_update_slice_in_dim(cache.keys_NKS, keys_NK[..., None], slot, axis=2),
         values_NSK=jax.lax.dynamic_update_slice_in_dim(cache.values_NSK, values_NK[:, None], slot, axis=1),

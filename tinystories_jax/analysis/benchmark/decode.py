@@ -1,6 +1,7 @@
 """Writing: the latency of one text, the throughput of many, the first token, and a token's time by its position."""
 
 import itertools
+import statistics
 import time
 from typing import Any
 
@@ -9,12 +10,13 @@ import jax
 from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, num_new_tokens
 from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples
 from tinystories_jax.config import Config
-from tinystories_jax.model.generate import Sampling, decode_config, generate_chunks, matrix_dtype
+from tinystories_jax.model.generate import Sampling, decode_config, generate_chunks, matrix_form
 from tinystories_jax.model.transformer import Params, init_params
 
 _NO_TOKEN = -1  # as the end token: every text gets all its tokens
 _SHORTEST_PROMPT = 32
-_POSITION_SECONDS = 40.0  # the slowest of many parts is looked for, and in few samples it is found by accident
+# The slowest of many parts is looked for, and in few samples it is found by accident.
+_POSITION_SECONDS, _MOST_POSITION_SAMPLES = 40.0, 60
 
 
 def measure_decode(config: Config, batch_sizes: tuple[int, ...], seconds: float) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def time_decoding(config: Config, rows: int, seconds: float, params: Params | No
     took = spread_of(take_samples(write, seconds=seconds))
     return {
         "rows": rows,
-        "matrix_dtype": matrix_dtype(config.model, rows),
+        "matrix_form": matrix_form(config.model, rows),
         "new_tokens": new_tokens,
         "compile_seconds": max(first_call - took.median, 0.0),
         "token_seconds": took.scaled(1 / new_tokens)._asdict(),
@@ -73,7 +75,8 @@ def _time_first_tokens(config: Config, seconds: float, params: Params) -> list[d
 def time_positions(config: Config, params: Params | None = None) -> list[dict[str, Any]]:
     """Returns the seconds of a token at batch 1 by position: sixteenths of the context, from `first` to `last`.
 
-    The first part is left out, since the prompt is part of it.
+    The first part is left out, since the prompt is part of it. `against_first` is the median over the texts of a part's
+    time in the time of the first part that is given, of the same text: a machine that is slow for a while slows both.
     """
     params = _make_params(config) if params is None else params
     context = config.data.sequence_length
@@ -87,7 +90,7 @@ def time_positions(config: Config, params: Params | None = None) -> list[dict[st
 
     write()
     runs.clear()
-    take_samples(write, seconds=_POSITION_SECONDS)
+    take_samples(write, seconds=_POSITION_SECONDS, at_most=_MOST_POSITION_SAMPLES)
     figures = []
     for index, samples in enumerate(zip(*runs, strict=True)):
         num_tokens = min(chunk, room - index * chunk)
@@ -95,7 +98,9 @@ def time_positions(config: Config, params: Params | None = None) -> list[dict[st
         # What is left at the end may be too short to be timed.
         if index and num_tokens == chunk:
             took = spread_of(samples).scaled(1 / num_tokens)
-            figures.append({"first": first, "last": first + num_tokens - 1, "token_seconds": took._asdict()})
+            ratio = statistics.median(run[index] / run[1] for run in runs)
+            places = {"first": first, "last": first + num_tokens - 1}
+            figures.append(places | {"token_seconds": took._asdict(), "against_first": ratio})
     return figures
 
 

@@ -106,7 +106,7 @@ def check_same_function(config: Config, weights: Path) -> dict[str, Any]:
 
 def _time_our_decoding(config: Config, rows: int, seconds: float) -> dict[str, Any]:
     figures = time_decoding(config, rows, seconds)
-    return {"dtype": figures["matrix_dtype"], "tokens_per_second": figures["tokens_per_second"]["median"]}
+    return {"dtype": figures["matrix_form"], "tokens_per_second": figures["tokens_per_second"]["median"]}
 
 
 def _allocators(platform: str) -> dict[str, Environment]:

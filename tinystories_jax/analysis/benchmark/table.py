@@ -78,7 +78,7 @@ def _format_decode(decode: dict[str, Any]) -> list[str]:
             _row(
                 f"batch {batch['rows']}, {batch['new_tokens']} tokens",
                 f"{_rate(batch['tokens_per_second'])} in all, {_milliseconds(batch['token_seconds'], 3)} "
-                f"a step; matrices in {batch['matrix_dtype']}; compile time {batch['compile_seconds']:.1f} s",
+                f"a step; matrices in {batch['matrix_form']}; compile time {batch['compile_seconds']:.1f} s",
             )
         )
     for first in decode["first_token"]:
@@ -98,8 +98,8 @@ def _format_positions(positions: list[dict[str, Any]]) -> list[str]:
         _row(f"token at {part['first']:,} to {part['last']:,}", f"{_milliseconds(part['token_seconds'], 3)}")
         for part in shown
     ]
-    medians = [part["token_seconds"]["median"] for part in positions]
-    return [*lines, _row("  slowest against first part", f"{max(medians) / medians[0] - 1:+.1%}")]
+    slowest = max(part["against_first"] for part in positions)
+    return [*lines, _row("  slowest against first part", f"{slowest - 1:+.1%}")]
 
 
 def _format_data(data: dict[str, Any]) -> list[str]:
