@@ -212,9 +212,8 @@ def _packs(config: ModelConfig) -> bool:
 def _num_groups(batch_size: int) -> int:
     """Returns into how many equal groups the rows are cut, each with a program of its own.
 
-    XLA's CPU backend takes the heads of all rows one after the other, and gives a head's attention over its cache, a
-    small matrix, to a single thread: two programs at once keep two threads busy (docs/benchmarks.md). A GPU is busy
-    with one.
+    XLA's CPU backend runs the operations of a step one after the other, and small ones in a single thread: two programs
+    at once keep two threads busy (docs/benchmarks.md). A GPU is busy with one.
     """
     fits = batch_size % _NUM_GROUPS == 0 and batch_size >= _NUM_GROUPS * _SMALLEST_GROUP
     return _NUM_GROUPS if fits and jax.default_backend() == "cpu" else 1
