@@ -36,9 +36,9 @@ def multiply_into_float32(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
     if is_packed(matrix_DF):
         if rows.size == rows.shape[-1]:
             return _multiply_row(rows.reshape(-1), matrix_DF).reshape(*rows.shape[:-1], -1)
+        # Not before the rows are there: all matrices of a prompt's program at once would be 91 MB of the recipe's.
         rows, matrix_DF = jax.lax.optimization_barrier((rows, matrix_DF))
-        of_halves = zip(jnp.split(rows, 2, axis=-1), _unpack(matrix_DF), strict=True)
-        return sum((multiply_into_float32(half, matrix) for half, matrix in of_halves), start=jnp.float32(0))
+        matrix_DF = jnp.concatenate(_unpack(matrix_DF))
     return jnp.einsum("...D,DF->...F", rows.astype(matrix_DF.dtype), matrix_DF, preferred_element_type=jnp.float32)
 
 
