@@ -90,12 +90,16 @@ def test_a_cpu_multiplies_for_many_texts_in_bfloat16(params, monkeypatch):
 
 def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
     """All products with them have results in float32; what attention adds up is in float32."""
-    program = lower_decode_until(params, 3, 40, kept_as="bfloat16").as_text()
+    batch_size, cache_length = 3, 40
+    program = lower_decode_until(params, batch_size, cache_length, kept_as="bfloat16").as_text()
     operands = re.findall(r"stablehlo.dot_general .*: \((.*)\) -> tensor<(.*)>", program)
     in_bfloat16 = [types for types, result in operands if types.count("xbf16>") == 2 and result.endswith("xf32")]
     in_float32 = [types for types, _ in operands if types.count("xf32>") == 2]
     assert len(in_bfloat16) == 4 * CONFIG.num_layers + 1
     assert len(in_float32) == 2 * CONFIG.num_layers
+    assert (
+        sum(f"x{cache_length}x" in types for types in in_float32) == CONFIG.num_layers
+    )  # sums of scores, of all slots
     assert len(operands) == len(in_bfloat16) + len(in_float32)
 
 

@@ -24,7 +24,7 @@ def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
         return rows @ matrix_DF
     width_in, width_out = matrix_DF.shape
     if rows.size == width_in:
-        return _multiply_row(rows.reshape(width_in), matrix_DF).astype(rows.dtype).reshape(*rows.shape[:-1], width_out)
+        return _multiply_row(rows, matrix_DF).astype(rows.dtype)
     return _multiply_rows(rows.reshape(-1, width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
 
 
@@ -35,7 +35,7 @@ def multiply_into_float32(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
     """
     if is_packed(matrix_DF):
         if rows.size == rows.shape[-1]:
-            return _multiply_row(rows.reshape(-1), matrix_DF).reshape(*rows.shape[:-1], -1)
+            return _multiply_row(rows, matrix_DF)
         # Not before the rows are there: all matrices of a prompt's program at once would be 91 MB of the recipe's.
         rows, matrix_DF = jax.lax.optimization_barrier((rows, matrix_DF))
         matrix_DF = jnp.concatenate(_unpack(matrix_DF))
@@ -108,12 +108,13 @@ def sum_outer_products(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum("...PNX,...PNY->...XY", left, right, preferred_element_type=jnp.float32)
 
 
-def _multiply_row(row_D: jax.Array, matrix_DF: jax.Array) -> jax.Array:
-    """A single row, as when one text is written; the matrix may be packed."""
+def _multiply_row(row: jax.Array, matrix_DF: jax.Array) -> jax.Array:
+    """Returns a single row (..., D), as when one text is written, times a matrix, which may be packed, as float32
+    (..., F)."""
     if is_packed(matrix_DF):
         # Else XLA would unpack once what a loop reads in each step, and the loop would read twice as much.
-        row_D, matrix_DF = jax.lax.optimization_barrier((row_D, matrix_DF))
-    return multiply_each(row_D[None, None], matrix_DF[None])[0, 0]
+        row, matrix_DF = jax.lax.optimization_barrier((row, matrix_DF))
+    return multiply_each(row.reshape(1, 1, -1), matrix_DF[None]).reshape(*row.shape[:-1], -1)
 
 
 def _unpack(packed: jax.Array) -> list[jax.Array]:
