@@ -246,3 +246,17 @@ def test_the_command_ends_with_one_error_and_no_traceback(config, tmp_path):
     assert f"{tmp_path}/run/checkpoints: a checkpoint cannot be written" in line
     assert "Exception" not in result.stderr
     assert not has_checkpoint(tmp_path / "run")
+
+
+def test_orbax_leaves_no_word_of_arrays_it_has_not_begun_to_write():
+    """Whether it begins with them is a matter of moments."""
+    program = [
+        "import tinystories_jax.training.checkpoint",
+        "async def write_fragment(): pass",
+        "write_fragment()",
+        "kept_until_the_end = write_fragment()",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)], cwd=ROOT, env=script_environment(), capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")

@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ _MAX_MORE_BYTES = 2**26  # of one file of a checkpoint, beyond its arrays
 # orbax says at each step what it does through absl's logger; what a user must know reaches them as an exception.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+# Nor of the arrays that orbax has not begun to write when writing another one failed.
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 class Checkpoints:
