@@ -17,7 +17,7 @@ from tinystories_jax.config import Config, ModelConfig
 from tinystories_jax.data.cache import TokenCache, cache_fingerprint, eval_batches, open_cache, write_cache
 from tinystories_jax.data.stories import StorySource, source_identity
 from tinystories_jax.data.tokenizer import StoryTokenizer
-from tinystories_jax.model.loss import losses_and_hits
+from tinystories_jax.model.loss import losses_and_hits, split_block
 from tinystories_jax.model.transformer import Params, hidden_and_output
 
 
@@ -67,7 +67,7 @@ def eval_step(
 
     `weights_BT` is 0 on padding and 1 elsewhere; row A of `articles_AV` is True for the tokens of article A.
     """
-    inputs_BT, targets_BT = block[:, :-1], block[:, 1:]
+    inputs_BT, targets_BT = split_block(block)
     hidden_BTD, output_DV = hidden_and_output(params, inputs_BT, config)
     losses_BT, hits_BT = losses_and_hits(hidden_BTD, output_DV, targets_BT)
     articles_ABT = articles_AV[:, targets_BT] * weights_BT[None]

@@ -14,6 +14,11 @@ from tinystories_jax.model.transformer import logits
 _NUM_CHUNKS = 8
 
 
+def split_block(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns inputs_BT and targets_BT, two views of a block (B, T + 1): the only place where labels are shifted."""
+    return block[:, :-1], block[:, 1:]
+
+
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Returns float32 losses_BT, the cross-entropy of each target in nats; `targets_BT` are int32 IDs below V."""
     logits_BTV = logits_BTV.astype(jnp.float32)

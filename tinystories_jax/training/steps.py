@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from tinystories_jax.config import Config
-from tinystories_jax.model.loss import next_token_loss
+from tinystories_jax.model.loss import next_token_loss, split_block
 from tinystories_jax.model.transformer import Params, hidden_and_output, init_params
 from tinystories_jax.training import optim
 
@@ -87,8 +87,7 @@ def train_step(
     dropout_key = None
     if config.model.dropout > 0:
         dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.micro_step)
-    # The only place where labels are shifted: inputs and targets are two views of one block.
-    inputs_BT, targets_BT = block[:, :-1], block[:, 1:]
+    inputs_BT, targets_BT = split_block(block)
 
     def objective(params: Params) -> tuple[jax.Array, jax.Array]:
         hidden_BTD, output_DV = hidden_and_output(params, inputs_BT, config.model, dropout_key=dropout_key)
