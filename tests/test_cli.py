@@ -20,7 +20,8 @@ TOP10K, QUICKSTART = "--config=configs/top10k.py", "--config=configs/quickstart.
 
 def script_environment(**variables: str) -> dict[str, str]:
     """Returns the environment of a user's shell: CPU, nothing of what tests ask of JAX; caches as in conftest.py."""
-    kept = {name: value for name, value in os.environ.items() if name != "JAX_NUMPY_RANK_PROMOTION"}
+    of_tests = ("JAX_NUMPY_RANK_PROMOTION", "JAX_DEFAULT_MATMUL_PRECISION")
+    kept = {name: value for name, value in os.environ.items() if name not in of_tests}
     return {**kept, "JAX_PLATFORMS": "cpu", **variables}
 
 
@@ -98,6 +99,20 @@ def file_flags(tmp_path: Path, train: Path, valid: Path | None = None) -> list[s
         "--config.data.sequence_length=32",
         "--config.tokenizer.vocab_size=280",
     ]
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    "error", ["MemoryError()", "RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')"]
+)
+def test_too_little_memory_is_one_line(error):
+    program = f"from tinystories_jax import cli\ndef main(): raise {error}\ncli.run(main)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=60
+    )
+    assert "too little memory" in error_line(result)
 
 
 # ---- flags

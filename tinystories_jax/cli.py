@@ -19,7 +19,7 @@ from absl import app, flags
 
 from tinystories_jax.allocator import keep_freed_memory
 from tinystories_jax.compiled import keep_no_programs, keep_programs
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.signals import STOP_SIGNALS, obeyed_signals
 
 _USER_EXIT = 2
@@ -83,8 +83,11 @@ def run(
         place = error.filename or "a file of this run or standard output"
         advice = "make room there, or " * (error.errno in _FULL) + "give a place that can be written"
         code = _complain([f"{place}: {error.strerror}; {advice}"])
-    except MemoryError:
-        code = _complain(["this machine has too little memory for what is asked; scripts/plan.py says what it takes"])
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        what = "too little memory for what is asked, on this machine or its device"
+        code = _complain([f"{what}; scripts/plan.py says what training takes"])
     finally:
         # All is done. The interpreter takes a second to end, in which a signal would change what the exit code says.
         for number in STOP_SIGNALS:

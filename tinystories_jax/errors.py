@@ -1,4 +1,4 @@
-"""What a user can mend: one exception for it, and the exit codes that scripts promise."""
+"""What a user can mend: one exception for it, and how to know a device without room for what is asked."""
 
 from collections.abc import Sequence
 
@@ -12,3 +12,9 @@ class UserError(ValueError):
     def __init__(self, problems: str | Sequence[str]):
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether a device, or this machine, had no room for what was asked."""
+    said = str(error)  # by XLA, by PyTorch
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said or "CUDA out of memory" in said

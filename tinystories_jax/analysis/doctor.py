@@ -29,7 +29,7 @@ from tinystories_jax.analysis.small_copy import num_rows_measured
 from tinystories_jax.config import Config, with_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.training.checkpoint import require_checkpoints
 
 _NO_DATA = "no token cache yet: python scripts/prepare.py with the same --config flags builds it"
@@ -171,7 +171,7 @@ def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
             problems = error.problems if isinstance(error, UserError) else (str(error),)
             check = Check(name, Outcome.FAIL, "cannot be used", note="; ".join(problems))
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             advice = "the model, or one row of this context, does not fit: a shorter --config.data.sequence_length"
             check = Check(name, Outcome.FAIL, "out of memory", note=advice)

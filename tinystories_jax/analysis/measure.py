@@ -11,13 +11,12 @@ import numpy as np
 
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.training.memory import (
     StepMemory,
     compile_step,
     device_memory_bytes,
-    is_out_of_memory,
     read_memory,
 )
 from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tinystories_jax.analysis.benchmark.inputs import made_up_tokens
 from tinystories_jax.analysis.measure import Measurement, measure_training
 from tinystories_jax.config import Config, ModelConfig, with_data
 from tinystories_jax.data.cache import num_blocks
@@ -145,7 +146,7 @@ def make_plan(
     config = with_corpus(config, corpus)
     work = count_work(config, corpus)
     flops = count_flops(config, work)
-    tokens = _made_up_tokens(config) if data is None else data.train.tokens
+    tokens = made_up_tokens(config) if data is None else data.train.tokens
     measurement, not_measured = _try_to_measure(config, tokens, log) if measure else (None, "--nomeasure")
     device = jax.devices()[0].device_kind
     mfu, mfu_origin = _choose_mfu(mfu, measurement)
@@ -286,8 +287,3 @@ def scale_memory(measurement: Measurement, batch_size: int) -> int:
     """Returns the bytes of a step of `batch_size` rows, its temporaries in proportion to the rows."""
     more_rows = batch_size - measurement.rows
     return measurement.memory.total_bytes + measurement.memory.temporaries_bytes * more_rows // measurement.rows
-
-
-def _made_up_tokens(config: Config) -> np.ndarray:
-    """Returns IDs whose frequencies fall off as those of words do, so that rows of the embedding are hit as by text."""
-    return np.random.default_rng(0).zipf(1.2, 64 * config.data.sequence_length + 1) % config.model.vocab_size

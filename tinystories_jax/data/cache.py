@@ -93,7 +93,7 @@ def write_cache(
     `identity` is the source_identity of `source`. When another process has put the same cache there meanwhile, that one
     stays, unless `replace`. Memory does not grow with the corpus. Raises `UserError` for no story and no space.
     """
-    dtype = _dtype_for(tokenizer.vocab_size)
+    dtype = dtype_for(tokenizer.vocab_size)
     report, seen = StoryReport(), SeenStories()
     with new_folder(Path(folder), replace=replace) as building:
         with (building / TOKENS_FILE).open("wb") as file, _progress_bar(source, show_progress) as bar:
@@ -117,7 +117,8 @@ def write_cache(
     return manifest
 
 
-def _dtype_for(vocab_size: int) -> np.dtype:
+def dtype_for(vocab_size: int) -> np.dtype:
+    """Returns what a cache holds the IDs of a vocabulary in."""
     return np.dtype("<u2" if vocab_size <= 65_535 else "<u4")
 
 
@@ -269,7 +270,7 @@ def _check_manifest(manifest: Manifest, fingerprint: str, vocab_size: int) -> No
             f"its manifest is of another cache: tokenizer {manifest.tokenizer_sha256:.80} and its source "
             f"give fingerprint {own}, expected {fingerprint}"
         )
-    dtype = _dtype_for(vocab_size)
+    dtype = dtype_for(vocab_size)
     if manifest.dtype != dtype.name:
         raise ValueError(f"{MANIFEST_FILE} has dtype {manifest.dtype!r:.80}, expected {dtype.name}")
     if not 0 < manifest.num_stories < manifest.num_tokens:

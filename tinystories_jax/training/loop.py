@@ -27,7 +27,7 @@ from tinystories_jax.config import Config, with_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import StoryTokenizer
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.evaluation.checker import checker_problem
 from tinystories_jax.evaluation.grammar import score_stories
 from tinystories_jax.evaluation.samples import check_prompts, write_stories
@@ -40,7 +40,7 @@ from tinystories_jax.streams import let_go_of_lost_streams
 from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.jsonl import JsonLines
-from tinystories_jax.training.memory import fitting_micro_batch, is_out_of_memory
+from tinystories_jax.training.memory import fitting_micro_batch
 from tinystories_jax.training.meta import History, Meta, NotFiniteError
 from tinystories_jax.training.metrics import MetricsLog, ProgressLine, flops_per_token, model_flops_utilization
 from tinystories_jax.training.optim import make_optimizer

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from tinystories_jax.config import Config
+from tinystories_jax.errors import is_out_of_memory
 from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state, make_train_step
@@ -78,7 +79,3 @@ def smaller_micro_batches(config: Config) -> Iterator[tuple[int, int]]:
     while rows > 1:
         rows = max(size for size in range(1, rows // 2 + 1) if per_update % size == 0)
         yield rows, per_update // rows
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinystories_jax.allocator import keep_freed_memory
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, is_out_of_memory
 
 _Result = TypeVar("_Result")
 # Variables to set for a process; None removes one.
@@ -67,6 +67,11 @@ def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[A
         sender.send(((), function(*arguments)))
     except UserError as error:
         sender.send((error.problems, None))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"{function.__name__}: too little memory for shapes of this size, here or on the device"
+        sender.send(((f"{what}; try a smaller --config.train.batch_size or --config.data.sequence_length",), None))
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def _summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def measure_cache(folder: Path, num_bytes: int) -> dict[str, Any]:
     """Times opening a cache of about `num_bytes` and cutting 64 x 513 blocks from it; `folder`/cache is grown to it.
 
-    Cold: its pages have been dropped from the system's memory before, as far as the file system allows.
+    Cold: its pages have been dropped from the system's memory before, as far as the system allows.
     """
     cache = folder / "cache"
     fingerprint, vocab_size = _grow(cache, num_bytes), load_tokenizer(folder / "tokenizer").vocab_size
@@ -161,10 +161,11 @@ def measure_cache(folder: Path, num_bytes: int) -> dict[str, Any]:
     shuffle_seconds = _time_batch(tokens, 0)
     hot = [_time_batch(tokens, 0) for _ in range(_NUM_HOT)]
     hot_seconds = open_it()[0]
+    dtype = tokens.dtype
     del tokens
     # Mapped pages cannot be dropped: the map has gone, and a new one reads nothing yet.
     _drop_pages(cache / TOKENS_FILE)
-    mapped = np.memmap(cache / TOKENS_FILE, dtype="<u2", mode="r")
+    mapped = np.memmap(cache / TOKENS_FILE, dtype=dtype, mode="r")
     cold = [_time_batch(mapped, micro_step) for micro_step in range(1, _NUM_COLD + 1)]
     return {
         "num_bytes": mapped.nbytes,
@@ -203,6 +204,8 @@ def _grow(cache: Path, num_bytes: int) -> str:
 
 
 def _drop_pages(path: Path) -> None:
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

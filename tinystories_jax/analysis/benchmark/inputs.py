@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 
 from tinystories_jax.config import Config, with_data
+from tinystories_jax.data.cache import dtype_for
+from tinystories_jax.errors import UserError
 
 PROMPT_LENGTH = 8  # tokens, about what a story begins with
 _NUM_BLOCKS = 4096
@@ -27,7 +29,17 @@ def made_up_tokens(config: Config) -> np.ndarray:
     """
     vocab_size = config.model.vocab_size
     tokens = np.random.default_rng(0).zipf(1.2, _NUM_BLOCKS * config.data.sequence_length + 1) % vocab_size
-    return tokens.astype(np.uint16 if vocab_size <= 65_535 else np.uint32)
+    return tokens.astype(dtype_for(vocab_size))
+
+
+def require_room_to_write(config: Config) -> None:
+    """Raises `UserError` where the context has no room for a text whose tokens can be timed by position."""
+    shortest = PROMPT_LENGTH + 2
+    if config.data.sequence_length < shortest:
+        raise UserError(
+            f"data.sequence_length={config.data.sequence_length}: writing is timed after a prompt of {PROMPT_LENGTH} "
+            f"tokens; give --config.data.sequence_length={shortest} or more"
+        )
 
 
 def num_new_tokens(config: Config) -> int:

@@ -19,7 +19,7 @@ from tinystories_jax.analysis.benchmark.child import Environment, call_as_script
 from tinystories_jax.analysis.benchmark.data import measure_data
 from tinystories_jax.analysis.benchmark.decode import measure_decode
 from tinystories_jax.analysis.benchmark.growth import measure_growth
-from tinystories_jax.analysis.benchmark.inputs import with_made_up_data
+from tinystories_jax.analysis.benchmark.inputs import require_room_to_write, with_made_up_data
 from tinystories_jax.analysis.benchmark.peer_rounds import compare_decoding, compare_training, require_peer
 from tinystories_jax.analysis.benchmark.start import measure_start
 from tinystories_jax.analysis.benchmark.train import cheap_rows, measure_train
@@ -45,11 +45,13 @@ def run_benchmark(
     """Yields the figures, first the machine's alone, then with one section more each time; all of it can be JSON.
 
     `mode` is one of MODES or "all"; `config` needs no data. Raises `UserError` before anything is measured for a mode
-    that there is not, and for a peer that is not installed.
+    that there is not, for a context too short to write into, and for a peer that is not installed.
     """
     modes = _choose_modes(mode, peer)
     if peer:
         require_peer(config)
+    if not {"decode", "growth"}.isdisjoint(modes):
+        require_room_to_write(config)
     shapes = with_made_up_data(config)
     log("looking at the device")
     device = run_in_child(describe_device, shapes)

@@ -12,12 +12,12 @@ from tinystories_jax.analysis.benchmark.roofline import count_flash_attention_ca
 from tinystories_jax.analysis.benchmark.timing import time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.model.attention import uses_flash_attention
 from tinystories_jax.model.loss import next_token_loss, num_pieces
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training.memory import compile_step, is_out_of_memory, read_memory
+from tinystories_jax.training.memory import compile_step, read_memory
 from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization, split_flops_per_token
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state
@@ -124,14 +124,13 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
 
 
 def time_training(config: Config, rows: int, seconds: float) -> dict[str, Any]:
-    """Returns what is compared with a peer: seconds of compiling, and medians of an update and of tokens per second."""
+    """Returns what is compared with a peer: seconds of compiling, and the median of tokens per second."""
     run = TrainingRun(with_rows(config, rows))
     update_seconds = time_repeated(run.run, seconds=seconds, at_least=1)
     tokens = rows * config.data.sequence_length * config.train.grad_accum_steps
     return {
         "dtype": config.model.dtype,
         "compile_seconds": run.compile_seconds,
-        "update_seconds": update_seconds.median,
         "tokens_per_second": tokens / update_seconds.median,
         **_peak_memory(run.compiled),
     }
