@@ -4,7 +4,7 @@
         [--config.SECTION.FIELD=VALUE ...] [--peer] [--rounds=3] [--json=FILE]
 
 MODE is all when left out. It needs no prepared data and changes no run; --peer sets PyTorch beside ours. On a CPU a
-micro-batch that would take too long is made smaller, which the table says. docs/benchmarks.md explains each figure.
+micro-batch that would take too long is made smaller; the table gives its rows. docs/benchmarks.md explains each figure.
 """
 
 import json

@@ -9,6 +9,12 @@ import pytest
 # Read by JAX when it is imported: an array that silently gains an axis is a fault.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
+if os.environ.get("JAX_PLATFORMS") != "cpu":
+    # On a GPU: float32 as the tests mean it, not TF32; sums always in one order; memory for the processes they start.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_exclude_nondeterministic_ops=true"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # Where the tests run in the background of a shell script SIGINT is ignored, and would be by every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -148,7 +148,7 @@ def test_the_peer_gives_our_loss(tmp_path: Path, tie_embeddings):
 
     config = tiny_config(tie_embeddings=tie_embeddings)
     ours = write_reference(config, tmp_path / "weights.npz")
-    theirs = peer.compute_reference(config, tmp_path / "weights.npz")
+    theirs = peer.compute_reference(config, tmp_path / "weights.npz", "cpu")
     assert theirs["num_params"] == ours["num_params"]
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
 
@@ -159,11 +159,22 @@ def test_the_peer_learns(tmp_path: Path):
 
     config = tiny_config()
     write_reference(config, tmp_path / "weights.npz")
-    run = peer._TrainingRun(config, 4, False, tmp_path / "weights.npz")
-    block = peer._load(config, tmp_path / "weights.npz")[1]
+    run = peer._TrainingRun(config, 4, False, tmp_path / "weights.npz", "cpu")
+    block = peer._load(config, tmp_path / "weights.npz", "cpu")[1]
     before = peer._loss(run._model, block).detach().item()
     assert run.run(10) > 0
     assert peer._loss(run._model, block).detach().item() < before
+
+
+@needs_torch
+def test_a_pytorch_without_the_gpu_that_jax_has_is_refused(tmp_path: Path, monkeypatch):
+    from tinystories_jax.analysis import peer
+
+    monkeypatch.setattr(peer.torch.cuda, "is_available", lambda: False)
+    config = tiny_config()
+    write_reference(config, tmp_path / "weights.npz")
+    with pytest.raises(UserError, match=r"PyTorch .* sees none; install a PyTorch built for CUDA 12"):
+        peer.time_decoding(config, 1, 0.0, tmp_path / "weights.npz", "gpu")
 
 
 @needs_torch
@@ -171,11 +182,12 @@ def test_the_peer_learns(tmp_path: Path):
 def test_both_sides_are_compared_in_processes_of_their_own(monkeypatch):
     monkeypatch.delenv("JAX_NUMPY_RANK_PROMOTION")
     monkeypatch.setattr(peer_rounds, "_DECODE_ROWS", (2,))
+    monkeypatch.setattr(peer_rounds, "_allocators", lambda platform: {"": {}})  # one is enough
     config = tiny_config()
-    trained = compare_training(config, 2, "gpu", 1, 0.0, print)
+    trained = compare_training(config, 2, "cpu", 1, 0.0, print)
     assert set(trained["sides"]) == {"ours", "PyTorch eager", "PyTorch compiled"}
     assert set(trained["ratios"]) == {"ours / PyTorch eager", "ours / PyTorch compiled"}
-    decoded = compare_decoding(config, "gpu", 1, 0.0, print)
+    decoded = compare_decoding(config, "cpu", 1, 0.0, print)
     assert set(decoded["batch 2"]["ratios"]) == {"ours / PyTorch eager"}
     for name, figures in (("train_peer", trained), ("decode_peer", decoded)):
         table = format_section({name: figures})

@@ -228,8 +228,9 @@ def test_real_steps_are_timed(measured):
     assert here.update_seconds == pytest.approx(2 * found.micro_step_seconds)
     assert here.training_seconds == pytest.approx(work.updates * here.update_seconds)
     assert found.compile_seconds > 0
-    assert found.mfu is None  # nobody knows the peak of a CPU
-    assert (measured.mfu, "assumption" in measured.mfu_origin) == (0.40, True)
+    if jax.default_backend() == "cpu":  # nobody knows the peak of one
+        assert found.mfu is None
+        assert (measured.mfu, "assumption" in measured.mfu_origin) == (0.40, True)
 
 
 def test_memory_is_that_of_the_donated_state_and_more(measured):
@@ -253,12 +254,14 @@ def hurried(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's limits are set")
 def test_cheap_steps_grow_to_all_rows(hurried):
     lines: list[str] = []
     assert measure_tiny(lines).rows == 4
     assert lines[:2] == ["compiling a micro-step of 1 of 4 rows", "compiling a micro-step of 4 of 4 rows"]
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's limits are set")
 def test_costly_steps_stay_small_and_are_scaled_by_tokens(hurried, measured, tmp_path):
     hurried.setattr(measure, "_STEP_SECONDS", 0.0)
     found = measure_tiny([])
@@ -270,6 +273,7 @@ def test_costly_steps_stay_small_and_are_scaled_by_tokens(hurried, measured, tmp
     assert "scaled by tokens to 4 rows" in text
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's limits are set")
 def test_a_micro_batch_that_does_not_fit_shrinks(hurried):
     hurried.setattr(measure, "_FIRST_STEP_FLOPS_ON_CPU", 1e12)
     # Four rows take 0.45 MB, one takes 0.27 MB.
@@ -279,6 +283,7 @@ def test_a_micro_batch_that_does_not_fit_shrinks(hurried):
     assert found.memory.total_bytes < 0.4e6
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's limits are set")
 def test_a_row_that_does_not_fit_is_told_and_the_rest_is_planned(hurried, tmp_path):
     hurried.setattr(measure, "_CPU_MEMORY_BYTES", 1000.0)
     plan = make_plan(tiny_config_on(tmp_path, model__num_layers=1))

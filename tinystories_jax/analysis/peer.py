@@ -16,40 +16,46 @@ from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, made_up_tok
 from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples, time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
+from tinystories_jax.errors import UserError
 from tinystories_jax.processor import multiplies_bfloat16
 
 
-def compute_reference(config: Config, path: Path) -> dict[str, Any]:
-    """Returns the peer's count of parameters and its float32 loss on what `write_reference` has written."""
-    model, block = _load(config, path)
+def compute_reference(config: Config, path: Path, platform: str) -> dict[str, Any]:
+    """Returns the peer's count of parameters and its float32 loss on what `write_reference` has written.
+
+    `platform`, here and below, is what JAX calls that of its own device. Raises `UserError` where PyTorch has none.
+    """
+    model, block = _load(config, path, platform)
     with torch.no_grad():
         loss = _loss(model, block)
     return {"num_params": sum(weight.numel() for weight in model.parameters()), "loss": loss.item()}
 
 
-def time_training(config: Config, rows: int, seconds: float, compiled: bool, path: Path) -> dict[str, Any]:
-    """Returns what ours does: seconds of the first update, medians of an update and of tokens per second.
+def time_training(
+    config: Config, rows: int, seconds: float, compiled: bool, path: Path, platform: str
+) -> dict[str, Any]:
+    """Returns what ours does: seconds of compiling, and the median of tokens per second.
 
     bf16 by autocast; the strongest of PyTorch's AdamW, `fused`.
     """
-    run = _TrainingRun(config, rows, compiled, path)
+    run = _TrainingRun(config, rows, compiled, path, platform)
     first_seconds = run.run(1)
     took = time_repeated(run.run, seconds=seconds, at_least=1)
     tokens = rows * config.data.sequence_length * config.train.grad_accum_steps
     return {
-        "dtype": _dtype(config),
+        "dtype": _dtype(config, platform),
         "compile_seconds": max(first_seconds - took.median, 0.0),
-        "update_seconds": took.median,
         "tokens_per_second": tokens / took.median,
-        "device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "device_bytes": torch.cuda.max_memory_allocated() if platform == "gpu" else None,
         "process_bytes": peak_resident_bytes(),
     }
 
 
-def time_decoding(config: Config, rows: int, seconds: float, path: Path) -> dict[str, Any]:
+def time_decoding(config: Config, rows: int, seconds: float, path: Path, platform: str) -> dict[str, Any]:
     """Returns tokens per second of `generate` with its KV cache, as ours does: same prompt, same count of tokens."""
-    model = _load(config, path)[0].eval()
-    model = model.to(getattr(torch, _dtype(config)))  # type: ignore[arg-type]
+    torch.set_float32_matmul_precision("high")  # TF32, which JAX uses by default, too
+    model = _load(config, path, platform)[0].eval()
+    model = model.to(getattr(torch, _dtype(config, platform)))  # type: ignore[arg-type]
     new_tokens = num_new_tokens(config)
     prompt = torch.arange(PROMPT_LENGTH, device=model.device).repeat(rows, 1) % config.model.vocab_size
     sampling: dict[str, Any] = {"do_sample": False}
@@ -73,18 +79,17 @@ def time_decoding(config: Config, rows: int, seconds: float, path: Path) -> dict
     write()
     took = spread_of(take_samples(write, seconds=seconds, at_least=1))
     return {
-        "dtype": _dtype(config),
-        "token_seconds": took.median / new_tokens,
+        "dtype": _dtype(config, platform),
         "tokens_per_second": rows * new_tokens / took.median,
     }
 
 
 class _TrainingRun:
-    def __init__(self, config: Config, rows: int, compiled: bool, path: Path):
-        # TF32, which JAX uses by default, too.
+    def __init__(self, config: Config, rows: int, compiled: bool, path: Path, platform: str):
         torch.set_float32_matmul_precision("high")
         self._config, self._rows = config, rows
-        self._model, block = _load(config, path)
+        self._dtype = _dtype(config, platform)
+        self._model, block = _load(config, path, platform)
         self._device = block.device
         self._loss = torch.compile(_loss) if compiled else _loss
         self._tokens, self._micro_step = made_up_tokens(config), 0
@@ -114,7 +119,7 @@ class _TrainingRun:
             block = micro_batch_at(self._tokens, config, self._micro_step, num_rows=self._rows)
             self._micro_step += 1
             on_device = torch.from_numpy(block).to(self._device, torch.int64)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=_dtype(config) == "bfloat16"):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == "bfloat16"):
                 loss = self._loss(self._model, on_device)
             (loss / micro_steps).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.optim.max_grad_norm)
@@ -122,7 +127,7 @@ class _TrainingRun:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def _load(config: Config, path: Path) -> tuple[LlamaForCausalLM, torch.Tensor]:
+def _load(config: Config, path: Path, platform: str) -> tuple[LlamaForCausalLM, torch.Tensor]:
     """Returns the model with our parameters, every one of them used, and the block; both on the device."""
     shape = config.model
     model = LlamaForCausalLM(
@@ -150,7 +155,7 @@ def _load(config: Config, path: Path) -> tuple[LlamaForCausalLM, torch.Tensor]:
     # Tied, the output matrix is the embedding, which the file holds once.
     assert missing.unexpected_keys == [], missing
     assert missing.missing_keys == ["lm_head.weight"] * shape.tie_embeddings, missing
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(platform)
     return model.to(device), block.to(device, torch.int64)  # type: ignore[arg-type]
 
 
@@ -160,7 +165,16 @@ def _loss(model: LlamaForCausalLM, block: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), block[:, 1:].flatten())
 
 
-def _dtype(config: Config) -> str:
+def _device(platform: str) -> torch.device:
+    if platform == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"--peer: JAX has a GPU and PyTorch {torch.__version__} sees none; install a PyTorch built for CUDA 12, as "
+            "JAX is, or give JAX_PLATFORMS=cpu to compare both on the CPU"
+        )
+    return torch.device("cuda" if platform == "gpu" else "cpu")
+
+
+def _dtype(config: Config, platform: str) -> str:
     """Returns what the peer multiplies in: bf16 where the config asks for it and there are instructions for it."""
     # Without them PyTorch is hundreds of times slower in bf16 than in float32: nothing to compare with.
-    return config.model.dtype if torch.cuda.is_available() or multiplies_bfloat16() else "float32"
+    return config.model.dtype if platform == "gpu" or multiplies_bfloat16() else "float32"

@@ -51,13 +51,13 @@ def compare_training(
 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         weights = Path(folder) / "weights.npz"
-        same = check_same_function(config, weights)
+        same = check_same_function(config, weights, platform)
         caches = _compile_caches(folder)
         sides = {"ours": _later({**_DEFAULT_ALLOCATOR, **caches}, call_as_script, time_training, config, rows, seconds)}
         for allocator, environment in _allocators(platform).items():
             for name, compiled in (("eager", False), ("compiled", True)):
                 sides[f"PyTorch {name}{allocator}"] = _later(
-                    {**environment, **caches}, peer.time_training, config, rows, seconds, compiled, weights
+                    {**environment, **caches}, peer.time_training, config, rows, seconds, compiled, weights, platform
                 )
         taken = _alternate(sides, rounds, log)
     speeds = {side: _speed(runs) for side, runs in taken.items()}
@@ -73,7 +73,7 @@ def compare_decoding(
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         weights = Path(folder) / "weights.npz"
-        figures |= check_same_function(config, weights)
+        figures |= check_same_function(config, weights, platform)
         caches = _compile_caches(folder)
         for rows in _DECODE_ROWS:
             sides = {
@@ -83,7 +83,7 @@ def compare_decoding(
             }
             for allocator, environment in _allocators(platform).items():
                 sides[f"PyTorch eager{allocator}"] = _later(
-                    {**environment, **caches}, peer.time_decoding, config, rows, seconds, weights
+                    {**environment, **caches}, peer.time_decoding, config, rows, seconds, weights, platform
                 )
             taken = _alternate(sides, rounds, log)
             speeds = {side: _speed(runs) for side, runs in taken.items()}
@@ -91,12 +91,12 @@ def compare_decoding(
     return figures
 
 
-def check_same_function(config: Config, weights: Path) -> dict[str, Any]:
+def check_same_function(config: Config, weights: Path, platform: str) -> dict[str, Any]:
     """Writes our fresh parameters to `weights`; returns the count of parameters and both losses, which must agree."""
     from tinystories_jax.analysis import peer
 
     ours = run_in_child(write_reference, config, weights)
-    theirs = run_in_child(peer.compute_reference, config, weights)
+    theirs = run_in_child(peer.compute_reference, config, weights, platform)
     if ours["num_params"] != theirs["num_params"]:
         raise RuntimeError(f"the peer has {theirs['num_params']:,} parameters, ours {ours['num_params']:,}")
     if not abs(ours["loss"] - theirs["loss"]) <= _LOSS_BOUND * ours["loss"]:
@@ -143,7 +143,7 @@ def _alternate(sides: dict[str, _Run], rounds: int, log: Callable[[str], None]) 
 
 
 def _speed(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the spread, over rounds, of the medians of tokens per second, and whatever else every run has told."""
+    """Returns the spread, over rounds, of the medians of tokens per second, and the most of what else the runs told."""
     others = {
         name: max((run[name] for run in runs if run[name] is not None), default=None)
         for name in ("compile_seconds", "planned_bytes", "device_bytes", "process_bytes")

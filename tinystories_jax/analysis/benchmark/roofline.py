@@ -35,7 +35,7 @@ class Roofline(NamedTuple):
 
     counted_flops: float  # by XLA, which sees no FLOPs in calls of other libraries
     formula_flops: float
-    counted_bytes: float  # by XLA: operands and results of every operation, as if no cache held them
+    counted_bytes: float  # likewise: operands and results of every operation, as if no cache held them
     compute_seconds: float  # of the larger count
     memory_seconds: float
     bound: str
