@@ -1,4 +1,4 @@
-"""The decoder, its loss and its decode loop; never opens a file, prints, or reads a clock.
+"""The decoder, its loss and its decode loop; never prints, reads a clock, or opens a file (but asks processor.py).
 
 Importing it settles one thing about JAX: on a CPU a step runs in the thread that asks for it.
 """
