@@ -1,4 +1,4 @@
-"""Measures, on your own config, data and checkpoint, the faults that train without an error; changes nothing.
+"""Measures, on your own config, data and checkpoint, the faults that train without an error; changes no run.
 
     python scripts/doctor.py --config configs/top10k.py [--workdir runs/top10k] [--checkpoint runs/top10k] [--json]
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from tinystories_jax.data import cache
-from tinystories_jax.model import loss, transformer
+from tinystories_jax.model import loss, products, transformer
 from tinystories_jax.training import optim, steps
 
 Patch = Callable[[Any, str, Any], None]  # as setattr and pytest's monkeypatch.setattr
@@ -91,6 +91,11 @@ def kv_cache_off_by_one(patch: Patch) -> None:
         "_write",
         lambda kv_cache, keys, values, slot: write(kv_cache, keys, values, slot + 1),
     )
+
+
+def packed_halves_swapped(patch: Patch) -> None:
+    unpack = products._unpack
+    patch(products, "_unpack", lambda packed: unpack(packed)[::-1])
 
 
 def bfloat16_optimizer_state(patch: Patch) -> None:

@@ -1,10 +1,14 @@
-"""A config of the smallest model that still has every part."""
+"""A config of the smallest model that still has every part, and an empty KV cache."""
 
 import runpy
 from pathlib import Path
 from typing import Any
 
-from tinystories_jax.config import Config, resolve, with_data
+import jax.numpy as jnp
+
+from tinystories_jax.config import Config, ModelConfig, resolve, with_data
+from tinystories_jax.model.products import pack
+from tinystories_jax.model.transformer import KVCache, LayerCache
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -22,3 +26,10 @@ def read_tiny_values() -> Any:
 def make_tiny_config() -> Config:
     """Returns it resolved, for a vocabulary of 61 tokens and 40 blocks: 5 updates are an epoch."""
     return with_data(resolve(read_tiny_values()), vocab_size=61, num_blocks=40)
+
+
+def make_empty_cache(config: ModelConfig, batch_size: int, cache_length: int, *, packed: bool = False) -> KVCache:
+    keys_NKS = jnp.zeros((batch_size * config.num_kv_heads, config.head_dim, cache_length), config.dtype)
+    keys_NKS = pack(keys_NKS, axis=1) if packed else keys_NKS
+    layers = [LayerCache(keys_NKS, jnp.swapaxes(keys_NKS, 1, 2)) for _ in range(config.num_layers)]
+    return KVCache(layers, jnp.zeros((batch_size, cache_length), bool), jnp.int32(0))

@@ -189,6 +189,19 @@ def test_a_leak_in_one_block_of_queries_is_found(config, plant):
     assert logits_checks.check_causality(long).outcome == Outcome.FAIL
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU packs")
+def test_a_fault_of_writing_in_bfloat16_alone_is_found(config, tmp_path, plant):
+    rounded = change(config, "model", dtype="bfloat16")
+    assert logits_checks.check_decode_parity(doctor._complete(rounded, None)).outcome == Outcome.PASS
+    plant(planted.packed_halves_swapped)
+    checks = check_all(rounded, tmp_path)
+    assert outcomes(checks, Outcome.FAIL) == ["decode parity"]
+    figures = the_failed(checks).figures
+    assert figures["largest_difference"] < 1e-3
+    assert figures["greedy_tokens_that_differ"] == 0
+    assert min(figures["largest_difference_rounded"].values()) > 0.2
+
+
 def test_what_is_not_a_number_never_passes(config, plant):
     plant(planted.logits_not_finite)
     complete = doctor._complete(config, None)

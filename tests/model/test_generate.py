@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.model.test_transformer import CONFIG
+from tests.tiny import make_empty_cache
 from tinystories_jax.errors import UserError
 from tinystories_jax.model import generate as generate_module
 from tinystories_jax.model.generate import Sampling, generate, generate_chunks
@@ -19,7 +20,6 @@ from tinystories_jax.model.transformer import (
     decode_step,
     decode_weights,
     forward,
-    init_kv_cache,
     init_params,
     prefill,
 )
@@ -88,6 +88,7 @@ def test_a_cpu_multiplies_for_many_texts_in_bfloat16(params, monkeypatch):
     assert write_in_bfloat16(params, prompts, end_token=-1) == of_a_few
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's attention is a product")
 def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
     """All products with them have results in float32; what attention adds up is in float32."""
     batch_size, cache_length = 3, 40
@@ -158,6 +159,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(params):
     assert together == alone
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU runs one program")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_two_programs_at_once_write_what_one_writes(params, temperature, monkeypatch):
     """Rows of unequal length, the last chunk in a grown cache: each row draws by its own key in either."""
@@ -277,7 +279,7 @@ def test_repetition_penalty_falls_on_the_tokens_of_the_text_only():
         jnp.array([3]),
         jnp.array([False]),
         jnp.int32(0),
-        init_kv_cache(CONFIG, 1, 4),
+        make_empty_cache(CONFIG, 1, 4),
     )
     logits_BV = jnp.array([[1.0, 1.0, 4.0, -4.0]])
     penalized_BV = generate_module._penalize(logits_BV, state, jnp.float32(2.0), end_token=0)
@@ -302,7 +304,7 @@ def lower_decode_until(params, batch_size, cache_length, *, kept_as, packed=Fals
         jnp.ones(batch_size, jnp.int32),
         jnp.zeros(batch_size, bool),
         jnp.int32(1),
-        init_kv_cache(CONFIG, batch_size, cache_length, packed=packed),
+        make_empty_cache(CONFIG, batch_size, cache_length, packed=packed),
     )
     draw = generate_module._Draw(jnp.float32(1), jnp.int32(97), jnp.float32(1), jnp.float32(1))
     filters = generate_module._Filters(greedy=True, truncate=False, penalize=False)
@@ -311,6 +313,7 @@ def lower_decode_until(params, batch_size, cache_length, *, kept_as, packed=Fals
     return jitted.lower(weights, state, np.int32(9), draw, config=CONFIG, filters=filters, end_token=0)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's program has other operations")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_cache_is_written_in_place(params, batch_size, packed):

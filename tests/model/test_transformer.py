@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from tests.tiny import make_empty_cache
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model import transformer
 from tinystories_jax.model.transformer import (
@@ -19,7 +20,6 @@ from tinystories_jax.model.transformer import (
     decode_step,
     decode_weights,
     forward,
-    init_kv_cache,
     init_params,
     num_params,
     prefill,
@@ -120,7 +120,9 @@ def test_dtypes(dtype, tokens_BT):
     params = init_params(config, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert forward(params, tokens_BT, config).dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(init_kv_cache(config, 1, 4).layers)} == {jnp.dtype(dtype)}
+    weights = decode_weights(params, config, rounded_to=dtype, kept_as=dtype)
+    _, cache = prefill(weights, tokens_BT[:1], jnp.array([4]), config, cache_length=tokens_BT.shape[1])
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype(dtype)}
 
 
 def test_bfloat16_stays_near_float32(params, tokens_BT):
@@ -202,7 +204,7 @@ def test_cached_decoding_equals_the_full_forward_for_unequal_prompts(tie_embeddi
 
 
 def test_decoding_from_an_empty_cache_equals_the_full_forward(params, tokens_BT):
-    cache, weights = init_kv_cache(CONFIG, 3, 20), decode_weights(params, CONFIG, **IN_FLOAT32)
+    cache, weights = make_empty_cache(CONFIG, 3, 20), decode_weights(params, CONFIG, **IN_FLOAT32)
     full_BTV = forward(params, tokens_BT, CONFIG)
     for position in range(4):
         positions_B = jnp.full(3, position)

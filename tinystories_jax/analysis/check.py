@@ -10,7 +10,7 @@ from typing import Any
 
 _WIDTH = 120
 _NAME_WIDTH = 24
-_MEASURED_WIDTH = 48
+_MEASURED_WIDTH = 50
 
 
 class Outcome(StrEnum):

@@ -76,6 +76,17 @@ class DecodeState(NamedTuple):
     cache: KVCache
 
 
+class DecodeForm(NamedTuple):
+    """In which precision texts are written, and how what is read for them is kept: `config`, with the dtype of
+    activations; `rounded_to` and `kept_as`, of matrices (`products.keep_matrix`); whether keys and values are packed
+    (`products.pack`)."""
+
+    config: ModelConfig
+    rounded_to: str
+    kept_as: str
+    packs_cache: bool
+
+
 class _Draw(NamedTuple):
     """Sampling as traced scalars: changing a value compiles nothing."""
 
@@ -146,8 +157,7 @@ def generate_chunks(
     The rows draw as rows `first_row`, `first_row` + 1, ... of a larger batch would, with matrices as for one of
     `num_rows` rows (0: as many as there are prompts).
     """
-    kept_as, rounded_to, packs_cache = matrix_form(config, num_rows or len(prompts)), config.dtype, _packs(config)
-    config = decode_config(config)
+    form = decode_form(config, num_rows or len(prompts))
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     _check_prompts(lengths, context_length, max_new_tokens)
     # The compiled programs depend on batch size and bucket only, never on the prompts' lengths.
@@ -157,24 +167,26 @@ def generate_chunks(
         tokens_BT[row, : len(prompt)] = prompt
     row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(len(prompts)))
     draw, filters = _trace_sampling(sampling, config.vocab_size)
-    common = {"draw": draw, "config": config, "filters": filters, "end_token": end_token}
+    common = {"draw": draw, "config": form.config, "filters": filters, "end_token": end_token}
     # Every step takes a slot of the cache behind the prompts, and reads all slots. So there are few at the start, and
     # twice as many when they are full, until the last token has one.
     max_new_tokens = min(max_new_tokens, context_length)
     room, most_room = _SMALLEST_ROOM, -(-max_new_tokens // _SMALLEST_ROOM) * _SMALLEST_ROOM
-    arrays = {"context_length": context_length, "cache_length": prompt_bucket + room, "packs_cache": packs_cache}
-    weights = _decode_weights(params, config=config, rounded_to=rounded_to, kept_as=kept_as)
+    arrays = {"context_length": context_length, "cache_length": prompt_bucket + room, "packs_cache": form.packs_cache}
+    weights = _decode_weights(params, config=form.config, rounded_to=form.rounded_to, kept_as=form.kept_as)
     states = [
         _start(weights, tokens_BT[rows], lengths[rows], row_keys_B[rows], **arrays, **common)
         for rows in np.split(np.arange(len(prompts)), _num_groups(len(prompts)))
     ]
     decode_until = functools.partial(_decode_until, weights, **common)
+    written = 0
     for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
         while room < until:
-            states = _run_groups(decode_until, states, room)
-            room = min(2 * room, most_room)
+            if written < room:
+                states = _run_groups(decode_until, states, room)
+            written, room = room, min(2 * room, most_room)
             states = [_grow(state, cache_length=prompt_bucket + room) for state in states]
-        states = _run_groups(decode_until, states, until)
+        states, written = _run_groups(decode_until, states, until), until
         seen = jax.device_get([(state.tokens_BT, state.lengths_B, state.finished_B) for state in states])
         tokens, ends, finished = (np.concatenate(groups) for groups in zip(*seen, strict=True))
         yield [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
@@ -182,31 +194,20 @@ def generate_chunks(
             return
 
 
-def decode_config(config: ModelConfig) -> ModelConfig:
-    """Returns the config that texts are written with: on a CPU with activations in float32.
+def decode_form(config: ModelConfig, num_rows: int) -> DecodeForm:
+    """Returns the form in which `num_rows` texts are written.
 
-    XLA's CPU backend has no arithmetic in bf16 but products of many rows: it converts to float32 and back.
+    A GPU writes in the config's dtype. XLA's CPU backend has no arithmetic in bf16 but products of many rows, and
+    converts to float32 and back: there activations are float32, and of a config in bf16 matrices, keys and values are
+    what is rounded. Matrices in bf16 it reads packed for a single row, and as they are for many where the processor has
+    instructions for bf16: half as many bytes (docs/benchmarks.md). For a few rows it has them in float32, so that a
+    story is the same alone and beside a few others, but for the rounding of float32; many round the activations too.
     """
-    return replace(config, dtype="float32") if jax.default_backend() == "cpu" else config
-
-
-def matrix_form(config: ModelConfig, num_rows: int) -> str:
-    """Returns how matrices are kept (`products.keep_matrix`), rounded to the config's dtype.
-
-    A CPU reads those in bf16 packed for a single row, and as they are for many where it has instructions for bf16: half
-    as many bytes (docs/benchmarks.md). For a few rows it has them in float32, so that a story is the same alone and
-    beside a few others, but for the rounding of float32; many round the activations too.
-    """
-    if not _packs(config):
-        return config.dtype
-    if num_rows == 1:
-        return PACKED
-    return "bfloat16" if num_rows >= _FEWEST_IN_LOW_PRECISION and multiplies_bfloat16() else "float32"
-
-
-def _packs(config: ModelConfig) -> bool:
-    """Returns whether a single row's matrices, and every row's cache, are packed (`products.pack`)."""
-    return config.dtype == "bfloat16" and jax.default_backend() == "cpu"
+    if jax.default_backend() != "cpu" or config.dtype == "float32":
+        return DecodeForm(config, rounded_to=config.dtype, kept_as=config.dtype, packs_cache=False)
+    many = num_rows >= _FEWEST_IN_LOW_PRECISION and multiplies_bfloat16()
+    kept_as = PACKED if num_rows == 1 else "bfloat16" if many else "float32"
+    return DecodeForm(replace(config, dtype="float32"), config.dtype, kept_as, packs_cache=True)
 
 
 def _num_groups(batch_size: int) -> int:

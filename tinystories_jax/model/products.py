@@ -1,4 +1,7 @@
-"""Products of matrices, in the form that is fast where they run: all that is particular to a CPU stands here."""
+"""Products of matrices, in the form that is fast where they run: what is particular to a CPU in them stands here.
+
+Shape suffixes besides those of transformer.py: N rows, or groups of R rows each; X, Y any two widths; P pieces of D.
+"""
 
 import functools
 import math

@@ -5,7 +5,7 @@ LlamaForCausalLM): `init_params`, `forward` for training; `decode_weights`, `pre
 
 Shape suffixes, here and wherever arrays carry them: B batch, T query positions, S key positions (cache length),
 D model width, H query heads, G key/value heads, K head width, F feed-forward width, V vocabulary, X the output widths
-of several matrices side by side.
+of several matrices side by side, N rows and key/value heads as one axis, R query heads that share a key/value head.
 """
 
 import functools
@@ -169,14 +169,6 @@ def grow_kv_cache(cache: KVCache, cache_length: int) -> KVCache:
 
     layers = [LayerCache(grow(layer.keys_NKS, 2), grow(layer.values_NSK, 1)) for layer in cache.layers]
     return cache._replace(layers=layers, seen_BS=grow(cache.seen_BS, 1))
-
-
-def init_kv_cache(config: ModelConfig, batch_size: int, cache_length: int, *, packed: bool = False) -> KVCache:
-    """Returns an empty cache, packed (model/products.py) or in the activations' dtype."""
-    keys_NKS = jnp.zeros((batch_size * config.num_kv_heads, config.head_dim, cache_length), config.dtype)
-    keys_NKS = pack(keys_NKS, axis=1) if packed else keys_NKS
-    layers = [LayerCache(keys_NKS, jnp.swapaxes(keys_NKS, 1, 2)) for _ in range(config.num_layers)]
-    return KVCache(layers, jnp.zeros((batch_size, cache_length), bool), jnp.int32(0))
 
 
 def num_params(config: ModelConfig) -> int:

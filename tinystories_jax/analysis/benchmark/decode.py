@@ -10,7 +10,7 @@ import jax
 from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, num_new_tokens
 from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples
 from tinystories_jax.config import Config
-from tinystories_jax.model.generate import Sampling, decode_config, generate_chunks, matrix_form
+from tinystories_jax.model.generate import Sampling, decode_form, generate_chunks
 from tinystories_jax.model.transformer import Params, init_params
 
 _NO_TOKEN = -1  # as the end token: every text gets all its tokens
@@ -23,7 +23,7 @@ def measure_decode(config: Config, batch_sizes: tuple[int, ...], seconds: float)
     """Returns the figures of writing with fresh parameters; all but positions are sampled for about `seconds` each."""
     params = _make_params(config)
     return {
-        "dtype": decode_config(config.model).dtype,
+        "dtype": decode_form(config.model, 1).config.dtype,
         "prompt_length": PROMPT_LENGTH,
         "batches": [time_decoding(config, rows, seconds, params) for rows in batch_sizes],
         "first_token": _time_first_tokens(config, seconds, params),
@@ -43,7 +43,7 @@ def time_decoding(config: Config, rows: int, seconds: float, params: Params | No
     took = spread_of(take_samples(write, seconds=seconds))
     return {
         "rows": rows,
-        "matrix_form": matrix_form(config.model, rows),
+        "matrix_form": decode_form(config.model, rows).kept_as,
         "new_tokens": new_tokens,
         "compile_seconds": max(first_call - took.median, 0.0),
         "token_seconds": took.scaled(1 / new_tokens)._asdict(),
