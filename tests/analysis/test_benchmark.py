@@ -15,7 +15,7 @@ from tests.test_cli import error_line, run_script
 from tests.tiny import read_tiny_values
 from tinystories_jax.analysis.benchmark import data, growth, roofline, start, timing, train
 from tinystories_jax.analysis.benchmark import run as benchmark_run
-from tinystories_jax.analysis.benchmark.child import peak_resident_bytes, run_in_child
+from tinystories_jax.analysis.benchmark.child import call_as_script, peak_resident_bytes, run_in_child
 from tinystories_jax.analysis.benchmark.decode import measure_decode
 from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, num_new_tokens, with_made_up_data
 from tinystories_jax.analysis.benchmark.roofline import DeviceRates, count_flash_attention_calls
@@ -337,6 +337,12 @@ def test_a_process_of_its_own_answers_with_its_variables_and_problems(monkeypatc
     assert caught.value.problems == ("one", "two")
     with pytest.raises(UserError, match=r"run_out_of_memory: too little memory.*--config.train.batch_size"):
         run_in_child(run_out_of_memory)
+    with pytest.raises(UserError, match="run_out_of_memory: too little memory"):
+        run_in_child(call_as_script, run_out_of_memory)
+    with pytest.raises(
+        UserError, match="abort was ended by signal 6, as happens where memory runs out; try a smaller model"
+    ):
+        run_in_child(os.abort)
     with pytest.raises(RuntimeError, match="exit code 7"):
         run_in_child(os._exit, 7)
 

@@ -173,7 +173,8 @@ def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            advice = "the model, or one row of this context, does not fit: a shorter --config.data.sequence_length"
+            advice = "the model, or one row of this context, does not fit: try a smaller model, or a shorter "
+            advice += "--config.data.sequence_length"
             check = Check(name, Outcome.FAIL, "out of memory", note=advice)
         if check.outcome == Outcome.FAIL:
             failed.add(name)

@@ -14,6 +14,7 @@ from tinystories_jax.allocator import keep_freed_memory
 from tinystories_jax.errors import UserError, is_out_of_memory
 
 _Result = TypeVar("_Result")
+_SMALLER = "try a smaller model, --config.train.batch_size or --config.data.sequence_length"
 # Variables to set for a process; None removes one.
 Environment = Mapping[str, str | None]
 
@@ -21,7 +22,7 @@ Environment = Mapping[str, str | None]
 def run_in_child(function: Callable[..., _Result], *arguments: Any, environment: Environment = {}) -> _Result:  # noqa: B006
     """Returns `function(*arguments)` of a fresh process; `function` stands at the top of a module.
 
-    Raises its `UserError`. What it prints goes to stderr: stdout belongs to results.
+    Raises its `UserError`, and one where memory ran out. What it prints goes to stderr: stdout belongs to results.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -33,9 +34,12 @@ def run_in_child(function: Callable[..., _Result], *arguments: Any, environment:
         problems, result = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(
-            f"measuring {function.__name__} ended with exit code {process.exitcode}; see above"
-        ) from None
+        code, name = process.exitcode, _name(function, arguments)
+        if code is not None and code < 0:  # by the system, or by native code
+            raise UserError(
+                f"{name} was ended by signal {-code}, as happens where memory runs out; {_SMALLER}"
+            ) from None
+        raise RuntimeError(f"{name} ended with exit code {code}; see above") from None
     finally:
         # It has answered, has failed, or is not waited for any longer.
         process.kill()
@@ -70,8 +74,12 @@ def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[A
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        what = f"{function.__name__}: too little memory for shapes of this size, here or on the device"
-        sender.send(((f"{what}; try a smaller --config.train.batch_size or --config.data.sequence_length",), None))
+        what = f"{_name(function, arguments)}: too little memory for shapes of this size, here or on the device"
+        sender.send(((f"{what}; {_SMALLER}",), None))
+
+
+def _name(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
+    return (arguments[0] if function is call_as_script else function).__name__
 
 
 @contextlib.contextmanager
