@@ -28,7 +28,9 @@ _TOP_P = flags.DEFINE_float(
 _REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "Penalty on tokens already in the text, 0.1 to 10; 1 is off."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same stories.", lower_bound=0, upper_bound=2**31 - 1)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "The same seed writes the same stories, by the same command.", lower_bound=0, upper_bound=2**31 - 1
+)
 _STREAM = flags.DEFINE_bool("stream", False, "Show each story while it is written.")
 
 
