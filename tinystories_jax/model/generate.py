@@ -179,14 +179,15 @@ def generate_chunks(
         for rows in np.split(np.arange(len(prompts)), _num_groups(len(prompts)))
     ]
     decode_until = functools.partial(_decode_until, weights, **common)
-    written = 0
-    for until in [*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens]:
-        while room < until:
-            if written < room:
-                states = _run_groups(decode_until, states, room)
-            written, room = room, min(2 * room, most_room)
+    shown = {*range(chunk_size, max_new_tokens, chunk_size), max_new_tokens}
+    full = {_SMALLEST_ROOM << doubled for doubled in range(max_new_tokens.bit_length())}
+    for until in sorted(shown | {tokens for tokens in full if tokens < max_new_tokens}):
+        if room < until:
+            room = min(2 * room, most_room)
             states = [_grow(state, cache_length=prompt_bucket + room) for state in states]
-        states, written = _run_groups(decode_until, states, until), until
+        states = _run_groups(decode_until, states, until)
+        if until not in shown:
+            continue
         seen = jax.device_get([(state.tokens_BT, state.lengths_B, state.finished_B) for state in states])
         tokens, ends, finished = (np.concatenate(groups) for groups in zip(*seen, strict=True))
         yield [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
