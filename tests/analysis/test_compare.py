@@ -108,6 +108,16 @@ def test_the_same_seed_again_is_another_side_so_that_patched_code_is_not_taken_f
     assert verdict_on(comparison, BITS).found
 
 
+def test_other_training_stories_are_another_side_even_as_many_of_them(tmp_path):
+    runs = [
+        make_run(tmp_path / name, seed=seed, data__source="files", data__train_files=name, data__valid_files="v")
+        for seed, name in enumerate("ab")
+    ]
+    comparison = compare(runs)
+    assert [side.names for side in comparison.sides] == ["a", "b"]
+    assert "training stories files b instead of files a" in comparison.legend[1][2]
+
+
 def test_another_tokenizer_is_another_side_whose_loss_does_not_compare(tmp_path):
     runs = make_pairs(tmp_path, [2.0, 2.01], [1.5, 1.51], tokenizer="two")
     comparison = compare(runs)

@@ -5,6 +5,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tinystories_jax.analysis.run_files import RunFiles, number, read_run
 from tinystories_jax.config import Config, differences
@@ -14,7 +15,7 @@ from tinystories_jax.errors import UserError
 @dataclass(frozen=True)
 class Side:
     """`letter` names it; `runs` have one config but for the seed and what may differ between a run and its
-    continuation, one tokenizer, and no seed twice."""
+    continuation, one tokenizer, the same training stories by name, and no seed twice."""
 
     letter: str
     runs: tuple[RunFiles, ...]
@@ -60,7 +61,8 @@ def read_sides(folders: Sequence[Path]) -> tuple[Side, ...]:
 def _differ_in_seed_alone(first: RunFiles, second: RunFiles) -> bool:
     # The same seed twice is the same run again, or one by other code: in neither case do the two show what seeds do.
     fields = [field for field, _, _ in differences(first.config, second.config)]
-    return fields == ["seed"] and same_tokenizer(first, second)
+    same_stories = _stories(first.config, "train") == _stories(second.config, "train")
+    return fields == ["seed"] and same_tokenizer(first, second) and same_stories
 
 
 def same_tokenizer(first: RunFiles, second: RunFiles) -> bool:
@@ -75,6 +77,9 @@ def describe_difference(reference: Side, side: Side) -> str:
     parts = [f"{name} {_short(now)} instead of {_short(before)}" for name, before, now in settings]
     if not same_tokenizer(reference.runs[0], side.runs[0]):
         parts.append("another tokenizer")
+    before, now = (" ".join(_stories(one.config, "train")) for one in (reference, side))
+    if now != before:
+        parts.append(f"training stories {_short(now)} instead of {_short(before)}")
     return ", ".join(parts) or "nothing that the configs tell: the same seed again, perhaps with other code"
 
 
@@ -94,7 +99,7 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
     ]
     if len({run.config.eval.max_batches for run in runs}) > 1:
         doubts.append("eval.max_batches differs: validation figures come from different parts of the split.")
-    if len({_valid_source(run.config) for run in runs}) > 1:
+    if len({_stories(run.config, "valid") for run in runs}) > 1:
         doubts.append("The runs name different validation stories; their scores compare only if these are the same.")
     doubts += [
         f"{run.name} was scored by evaluate.py at update {run.evaluation.update:,}, its best is {run.best['update']:,}."
@@ -122,10 +127,11 @@ def _writing(run: RunFiles) -> str:
     return f"{run.evaluation.num_stories} stories at temperature {run.evaluation.temperature}"
 
 
-def _valid_source(config: Config) -> tuple[str, ...]:
+def _stories(config: Config, split: Literal["train", "valid"]) -> tuple[str, ...]:
+    """Returns what the config names as the stories of a split."""
     data = config.data
     if data.source == "files":
-        return data.source, data.valid_files
+        return data.source, data.train_files if split == "train" else data.valid_files
     return (data.source, data.hub_name, data.hub_revision) if data.source == "hub" else (data.source,)
 
 
