@@ -348,7 +348,7 @@ def test_a_run_is_evaluated_from_its_own_files(run, place, tmp_path):
     values = json.loads((run / "evaluation.json").read_text())
     assert json.loads((tmp_path / "out.json").read_text()) == values
     assert (values["num_stories"], values["checkpoint_update"], values["temperature"]) == (46, 2, 1.0)
-    assert values["loss_on"] == "the run's validation split"
+    assert values["loss_on"] == "the run's validation split (training: eval.max_batches=1)"
     # Over the whole split, whatever the run's own evaluations read.
     (manifest,) = [json.loads(path.read_text()) for path in place.cache.glob("tokens/validation-*/manifest.json")]
     assert values["num_loss_tokens"] == manifest["num_tokens"]

@@ -147,7 +147,8 @@ def _measure_loss(
     if valid is None:
         return None, f"no validation cache in data.cache_dir={config.data.cache_dir}; give --data FILE"
     log(f"measuring the loss on the run's validation split: {valid.manifest.num_tokens:,} tokens")
-    return validate(params, valid, whole, tokenizer.article_forms), "the run's validation split"
+    of_training = f" (training: eval.max_batches={config.eval.max_batches})" if config.eval.max_batches else ""
+    return validate(params, valid, whole, tokenizer.article_forms), f"the run's validation split{of_training}"
 
 
 def _measure_copies(
