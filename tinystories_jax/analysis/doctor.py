@@ -173,9 +173,9 @@ def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            advice = "the model, or one row of this context, does not fit: try a smaller model, or a shorter "
-            advice += "--config.data.sequence_length"
-            check = Check(name, Outcome.FAIL, "out of memory", note=advice)
+            ways_out = "a smaller model, or a shorter --config.data.sequence_length"
+            note = f"the model, or one row of this context, does not fit: try {ways_out}"
+            check = Check(name, Outcome.FAIL, "out of memory", note=note)
         if check.outcome == Outcome.FAIL:
             failed.add(name)
         yield dataclasses.replace(check, seconds=time.perf_counter() - began)

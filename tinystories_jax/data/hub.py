@@ -30,7 +30,8 @@ _BATCH_SIZE = 1000
 
 _OTHER_SOURCES = (
     "or take other stories: --config.data.source=files with --config.data.train_files=PATH and "
-    "--config.data.valid_files=PATH for local ones, --config.data.source=sample for the small bundled ones"
+    "--config.data.valid_files=PATH for local ones, --config.data.source=sample for the small bundled ones (of "
+    "train_tokenizer.py: --source and --train_files)"
 )
 
 
