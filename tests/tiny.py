@@ -30,6 +30,7 @@ def make_tiny_config() -> Config:
 
 def make_empty_cache(config: ModelConfig, batch_size: int, cache_length: int, *, packed: bool = False) -> KVCache:
     keys_NKS = jnp.zeros((batch_size * config.num_kv_heads, config.head_dim, cache_length), config.dtype)
-    keys_NKS = pack(keys_NKS, axis=1) if packed else keys_NKS
-    layers = [LayerCache(keys_NKS, jnp.swapaxes(keys_NKS, 1, 2)) for _ in range(config.num_layers)]
+    arrays = keys_NKS, jnp.swapaxes(keys_NKS, 1, 2)
+    layer = LayerCache(*(pack(array, axis=1) if packed else array for array in arrays))
+    layers = [layer] * config.num_layers
     return KVCache(layers, jnp.zeros((batch_size, cache_length), bool), jnp.int32(0))

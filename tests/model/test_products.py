@@ -15,6 +15,7 @@ from tinystories_jax.model.products import (
     pack,
     rounded_einsum,
     sum_outer_products,
+    write_packed,
 )
 
 
@@ -85,17 +86,26 @@ def test_a_matrix_is_rounded_to_the_same_however_it_is_kept(width_in, kept_as):
 
 
 @pytest.mark.parametrize("rounded_to", ["float32", "bfloat16"])
-@pytest.mark.parametrize("packed_axis", [None, 1, 2])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("width_in", "width_out"), [(64, 96), (6, 10), (40, 2)])
-def test_rows_are_multiplied_each_with_its_own_matrix(width_in, width_out, packed_axis, rounded_to):
+def test_rows_are_multiplied_each_with_its_own_matrix(width_in, width_out, packed, rounded_to):
     rng = np.random.default_rng(0)
     rows_NRD = jnp.array(rng.standard_normal((5, 2, width_in)), jnp.float32)
     matrices_NDF = jnp.array(rng.standard_normal((5, width_in, width_out)), rounded_to)
-    given = matrices_NDF if packed_axis is None else pack(matrices_NDF, axis=packed_axis)
-    products = jax.jit(multiply_each)(rows_NRD, given)
-    matrices = round_to_bfloat16(matrices_NDF) if packed_axis else matrices_NDF.astype(jnp.float32)
+    products = jax.jit(multiply_each)(rows_NRD, pack(matrices_NDF, axis=1) if packed else matrices_NDF)
+    matrices = round_to_bfloat16(matrices_NDF) if packed else matrices_NDF.astype(jnp.float32)
     assert products.dtype == jnp.float32
     np.testing.assert_allclose(products, np.asarray(rows_NRD) @ np.asarray(matrices), rtol=1e-5, atol=1e-4)
+
+
+def test_an_entry_is_written_where_two_are_packed_and_its_neighbour_stays():
+    rng = np.random.default_rng(0)
+    array, entries = (rng.standard_normal((3, length, 5), np.float32) for length in (6, 1))
+    for place, written in [(0, 0), (3, 3), (5, 5), (8, 5)]:
+        expected = array.copy()
+        expected[:, written : written + 1] = entries
+        packed = jax.jit(write_packed, static_argnames="axis")(pack(jnp.array(array), 1), entries, place, axis=1)
+        np.testing.assert_array_equal(packed, pack(jnp.array(expected), 1))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU gets products as they are")

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PACKED = "packed bfloat16"
 _MOST_TERMS = 8
 _MOST_PIECES = 8
+_HIGH_BITS = np.uint32(0xFFFF0000)
 
 
 def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
@@ -41,22 +43,19 @@ def multiply_into_float32(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
             return _multiply_row(rows, matrix_DF)
         # Not before the rows are there: all matrices of a prompt's program at once would be 91 MB of the recipe's.
         rows, matrix_DF = jax.lax.optimization_barrier((rows, matrix_DF))
-        matrix_DF = jnp.concatenate(_unpack(matrix_DF))
+        matrix_DF = jnp.stack(_unpack(matrix_DF), axis=1).reshape(-1, matrix_DF.shape[1])
     return jnp.einsum("...D,DF->...F", rows.astype(matrix_DF.dtype), matrix_DF, preferred_element_type=jnp.float32)
 
 
 def multiply_each(rows_NRD: jax.Array, matrices_NDF: jax.Array) -> jax.Array:
-    """Returns the float32 products (N, R, F) of N groups of a few rows, each with its matrix, which may be packed along
-    D or F."""
+    """Returns the float32 products (N, R, F) of N groups of a few rows, each with its matrix, which may be packed."""
     if jax.default_backend() != "cpu" and not is_packed(matrices_NDF):
         return jnp.einsum("NRD,NDF->NRF", rows_NRD, matrices_NDF, preferred_element_type=jnp.float32)
     rows_NRD = rows_NRD.astype(jnp.float32)
     if not is_packed(matrices_NDF):
         return _sum_terms([(rows_NRD, matrices_NDF.astype(jnp.float32))])
-    halves = _unpack(matrices_NDF)
-    if 2 * matrices_NDF.shape[1] == rows_NRD.shape[2]:
-        return _sum_terms(list(zip(jnp.split(rows_NRD, 2, axis=2), halves, strict=True)))
-    return jnp.concatenate([_sum_terms([(rows_NRD, half)]) for half in halves], axis=2)
+    rows_of_halves = rows_NRD[..., 0::2], rows_NRD[..., 1::2]
+    return _sum_terms(list(zip(rows_of_halves, _unpack(matrices_NDF), strict=True)))
 
 
 def keep_matrix(matrix_DF: jax.Array, *, rounded_to: str, kept_as: str) -> jax.Array:
@@ -71,14 +70,25 @@ def keep_matrix(matrix_DF: jax.Array, *, rounded_to: str, kept_as: str) -> jax.A
 
 
 def pack(array: jax.Array, axis: int) -> jax.Array:
-    """Returns an array as uint32 of half its length along `axis`: of two entries in bf16, half of the axis apart, the
-    first is in the lower 16 bits.
+    """Returns an array as uint32 of half its length along `axis`, which is the one that a product sums over: of two
+    neighbours in bf16 the first is in the lower 16 bits.
 
     XLA's CPU backend reads no array in bf16 for a product with a single row: it converts it into one in float32 before.
     What is shifted into place by a program of its own it reads as it is.
     """
-    low, high = jnp.split(jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16), 2, axis=axis)
-    return low.astype(jnp.uint32) | (high.astype(jnp.uint32) << 16)
+    bits = _bits_of_bfloat16(array)
+    low, high = (jax.lax.slice_in_dim(bits, first, None, stride=2, axis=axis) for first in (0, 1))
+    return low | (high << 16)
+
+
+def write_packed(packed: jax.Array, entries: jax.Array, place: jax.Array, axis: int) -> jax.Array:
+    """Returns a packed array with entries, of length 1 along `axis`, the packed one, at `place`; behind the end, the
+    last are written again."""
+    place = jnp.minimum(place, 2 * packed.shape[axis] - 1)
+    bits, before = _bits_of_bfloat16(entries), jax.lax.dynamic_slice_in_dim(packed, place // 2, 1, axis)
+    with_first, with_second = bits | (before & _HIGH_BITS), (bits << 16) | (before & ~_HIGH_BITS)
+    words = jnp.where(place % 2 == 0, with_first, with_second)
+    return jax.lax.dynamic_update_slice_in_dim(packed, words, place // 2, axis)
 
 
 def is_packed(array: jax.Array) -> bool:
@@ -121,9 +131,14 @@ def _multiply_row(row: jax.Array, matrix_DF: jax.Array) -> jax.Array:
 
 
 def _unpack(packed: jax.Array) -> list[jax.Array]:
-    """Returns both halves of what was packed, as float32."""
-    bits = [packed << 16, packed & jnp.uint32(0xFFFF0000)]
+    """Returns both halves of what was packed, as float32: first, third, ... and second, fourth, ... entries."""
+    bits = [packed << 16, packed & _HIGH_BITS]
     return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in bits]
+
+
+def _bits_of_bfloat16(array: jax.Array) -> jax.Array:
+    """Returns the entries rounded to bf16, as the lower 16 bits of uint32."""
+    return jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
 
 
 def _sum_terms(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:

@@ -27,6 +27,7 @@ from tinystories_jax.model.products import (
     multiply_each,
     multiply_into_float32,
     pack,
+    write_packed,
 )
 
 Params = dict[str, Any]
@@ -38,9 +39,10 @@ _NORM_EPSILON = 1e-5
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, packed along K (model/products.py) or not. Slots stand last in keys and inner in
-    values: the layouts that the two products of a decode step read in order. Rows and heads are one axis N = B x G,
-    since XLA copies a cache with an axis of length 1 before it writes into it, and one row is what is written most."""
+    """Keys and values of one layer, packed along axis 1 (model/products.py), which their products sum over, or not.
+    Slots stand last in keys and inner in values: the layouts that the two products of a decode step read in order. Rows
+    and heads are one axis N = B x G, since XLA copies a cache with an axis of length 1 before it writes into it, and
+    one row is what is written most."""
 
     keys_NKS: jax.Array
     values_NSK: jax.Array
@@ -136,14 +138,14 @@ def prefill(
     hidden_BTD, keys_and_values = model.hidden(tokens_BT, weights.layers)
     layers = []
     for keys_BTGK, values_BTGK in keys_and_values:
-        if packs_cache:
-            keys_BTGK, values_BTGK = pack(keys_BTGK, axis=3), pack(values_BTGK, axis=3)
         keys_BGKT, values_BGTK = jnp.transpose(keys_BTGK, (0, 2, 3, 1)), jnp.swapaxes(values_BTGK, 1, 2)
         layers.append(LayerCache(_join_heads(keys_BGKT), _join_heads(values_BGTK)))
     prompt_length = tokens_BT.shape[1]
     seen_BS = jnp.arange(prompt_length)[None] < lengths_B[:, None]
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     cache = grow_kv_cache(KVCache(layers, seen_BS, jnp.int32(prompt_length)), cache_length)
+    if packs_cache:
+        cache = cache._replace(layers=[LayerCache(*(pack(array, axis=1) for array in layer)) for layer in cache.layers])
     return logits(last_BD, weights.output_DV), cache
 
 
@@ -160,15 +162,22 @@ def decode_step(
 
 
 def grow_kv_cache(cache: KVCache, cache_length: int) -> KVCache:
-    """Returns the cache with empty slots behind the others, `cache_length` in all."""
+    """Returns the cache with empty slots behind the others, `cache_length` in all, or one more where that is odd."""
+    num_slots = cache_length + cache_length % 2  # packed values hold two to a word
 
-    def grow(array: jax.Array, axis: int) -> jax.Array:
+    def grow(array: jax.Array, axis: int, length: int) -> jax.Array:
         widths = [(0, 0)] * array.ndim
-        widths[axis] = (0, cache_length - array.shape[axis])
+        widths[axis] = (0, length - array.shape[axis])
         return jnp.pad(array, widths)
 
-    layers = [LayerCache(grow(layer.keys_NKS, 2), grow(layer.values_NSK, 1)) for layer in cache.layers]
-    return cache._replace(layers=layers, seen_BS=grow(cache.seen_BS, 1))
+    layers = [
+        LayerCache(
+            keys_NKS=grow(layer.keys_NKS, 2, num_slots),
+            values_NSK=grow(layer.values_NSK, 1, num_slots // 2 if is_packed(layer.values_NSK) else num_slots),
+        )
+        for layer in cache.layers
+    ]
+    return cache._replace(layers=layers, seen_BS=grow(cache.seen_BS, 1, num_slots))
 
 
 def num_params(config: ModelConfig) -> int:
@@ -451,9 +460,10 @@ def _join_heads(heads: jax.Array) -> jax.Array:
 
 def _write(cache: LayerCache, keys_NK: jax.Array, values_NK: jax.Array, slot: jax.Array) -> LayerCache:
     """Returns the cache with one token a row in `slot`; in place in a loop, or when the cache is donated."""
+    keys_NK1, values_N1K = keys_NK[:, :, None], values_NK[:, None]
+    update = jax.lax.dynamic_update_slice_in_dim
     if is_packed(cache.keys_NKS):
-        keys_NK, values_NK = pack(keys_NK, axis=1), pack(values_NK, axis=1)
-    return LayerCache(
-        keys_NKS=jax.lax.dynamic_update_slice_in_dim(cache.keys_NKS, keys_NK[..., None], slot, axis=2),
-        values_NSK=jax.lax.dynamic_update_slice_in_dim(cache.values_NSK, values_NK[:, None], slot, axis=1),
-    )
+        keys_NKS = update(cache.keys_NKS, pack(keys_NK1, axis=1), slot, axis=2)
+        return LayerCache(keys_NKS, write_packed(cache.values_NSK, values_N1K, slot, axis=1))
+    keys_NKS = update(cache.keys_NKS, keys_NK1, slot, axis=2)
+    return LayerCache(keys_NKS, update(cache.values_NSK, values_N1K, slot, axis=1))
