@@ -13,7 +13,8 @@ from tinystories_jax.analysis.run_files import RunFiles
 
 _NOTE = (
     "Several runs on a side: their mean, and their range in brackets. Bytes seen are the tokens at the validation "
-    "split's bytes per token; FLOPs are 6 per matrix parameter and token, and causal attention."
+    "split's bytes per token; FLOPs are 6 per matrix parameter and token, and causal attention. Wall time "
+    "counts from when the data were ready, evaluations included."
 )
 _JUDGED = (
     "Second side minus first. With two seeds or more on both sides Welch's 95 % interval decides; with fewer, whether "

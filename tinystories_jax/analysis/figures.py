@@ -103,12 +103,11 @@ def smooth(y: Sequence[float]) -> list[float]:
 def compact(value: float) -> str:
     """Returns a short form of a number: 0.004, 7,500, 3.28 M, 2.97e13."""
     size = abs(value)
-    if size >= 1e12:
+    if size >= 1e9:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    for unit, factor in (("B", 1e9), ("M", 1e6)):
-        if size >= factor:
-            return f"{value / factor:.3g}\u00a0{unit}"
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}\u00a0M"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
 
 

@@ -94,7 +94,7 @@ def _measured_rows(plan: Plan) -> list[_Row]:
 
 
 def _gpu_lines(plan: Plan) -> list[str]:
-    lines = [f"{'GPU':<10}{'peak TFLOP/s':>14}{'tokens/s':>14}{'ms per update':>15}{'minutes':>12}{'hours':>10}"]
+    lines = [f"{'GPU':<10}{'bf16 TFLOP/s':>14}{'tokens/s':>14}{'ms per update':>15}{'minutes':>12}{'hours':>10}"]
     for gpu in plan.gpus:
         peak = (gpu.peak_flops_per_second or 0) / 1e12
         minutes, hours = _figure(gpu.training_seconds, 60), _figure(gpu.training_seconds, 3600)
@@ -110,7 +110,7 @@ def _gpu_lines(plan: Plan) -> list[str]:
     return [
         *lines,
         f"MFU {plan.mfu:.1%}: {plan.mfu_origin}.",
-        f"Peaks: {plan.peak_source} (SXM).",
+        f"Peaks: {plan.peak_source} (SXM); a config in float32 reaches a small part of them.",
         "Times are those of training steps alone: no evaluation, samples, checkpoints or data preparation.",
         f"Cost at 5 epochs{instead}, hours: {', '.join(costs)}",
     ]

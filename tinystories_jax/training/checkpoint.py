@@ -97,8 +97,8 @@ class Checkpoints:
             needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
-                f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB but {free / 1e6:,.0f} MB are free; those "
-                "before are intact: make room and run the same command again"
+                f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB but {free / 1e6:,.0f} MB are free; "
+                "earlier ones, if any, are intact: make room and run the same command again"
             )
         with self._explain():
             self._kept.evaluations = meta.history.evaluations
@@ -123,7 +123,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"{self.folder}: a checkpoint cannot be written ({reason[0][:300]}); those before are intact: "
+                f"{self.folder}: a checkpoint cannot be written ({reason[0][:300]}); earlier ones, if any, are intact: "
                 f"{way_out(error)} and run the same command again"
             ) from error
 

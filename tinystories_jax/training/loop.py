@@ -373,7 +373,7 @@ class _Meter:
         return block
 
     def run_seconds(self) -> float:
-        """Returns the run's wall time after its data was ready, compiling and evaluations included, of all processes"""
+        """Returns the run's wall time since its data was ready, of all processes, with compiling and evaluations."""
         return time.perf_counter() - self._run_began
 
     def add(self, metrics: StepMetrics) -> None:

@@ -24,8 +24,8 @@ def warn(line: str) -> None:
 def cannot_write(path: Path, error: OSError) -> UserError:
     """Returns what a user is told when a file of a run cannot be written, for instance on a full disk."""
     return UserError(
-        f"{path}: cannot be written ({error.strerror}); the checkpoints are intact: {way_out(error)} and run the same "
-        "command again"
+        f"{path}: cannot be written ({error.strerror}); the checkpoints, if any, are intact: {way_out(error)} and run "
+        "the same command again"
     )
 
 

@@ -94,14 +94,14 @@ def _format_decode(decode: dict[str, Any]) -> list[str]:
 
 
 def _format_positions(positions: list[dict[str, Any]]) -> list[str]:
-    """Returns the first, the middle and the last part, and how much slower the slowest is than the first."""
-    shown = [positions[index] for index in sorted({0, len(positions) // 2, len(positions) - 1})]
+    """Returns the first, the middle, the last and the slowest part, and how much slower that is than the first."""
+    slowest = max(range(len(positions)), key=lambda index: positions[index]["against_first"])
+    shown = [positions[index] for index in sorted({0, len(positions) // 2, len(positions) - 1, slowest})]
     lines = [
         _row(f"token at {part['first']:,} to {part['last']:,}", f"{_milliseconds(part['token_seconds'], 3)}")
         for part in shown
     ]
-    slowest = max(part["against_first"] for part in positions)
-    return [*lines, _row("  slowest against first part", f"{slowest - 1:+.1%}")]
+    return [*lines, _row("  slowest against first part", f"{positions[slowest]['against_first'] - 1:+.1%}")]
 
 
 def _format_data(data: dict[str, Any]) -> list[str]:
