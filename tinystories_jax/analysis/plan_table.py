@@ -110,7 +110,8 @@ def _gpu_lines(plan: Plan) -> list[str]:
     return [
         *lines,
         f"MFU {plan.mfu:.1%}: {plan.mfu_origin}.",
-        f"Peaks: {plan.peak_source} (SXM); a config in float32 reaches a small part of them.",
+        f"Peaks: {plan.peak_source} (SXM).",
+        "A config in float32 reaches a small part of them.",
         "Times are those of training steps alone: no evaluation, samples, checkpoints or data preparation.",
         f"Cost at 5 epochs{instead}, hours: {', '.join(costs)}",
     ]
