@@ -461,9 +461,11 @@ def _join_heads(heads: jax.Array) -> jax.Array:
 def _write(cache: LayerCache, keys_NK: jax.Array, values_NK: jax.Array, slot: jax.Array) -> LayerCache:
     """Returns the cache with one token a row in `slot`; in place in a loop, or when the cache is donated."""
     keys_NK1, values_N1K = keys_NK[:, :, None], values_NK[:, None]
-    update = jax.lax.dynamic_update_slice_in_dim
+    write = write_values = jax.lax.dynamic_update_slice_in_dim
     if is_packed(cache.keys_NKS):
-        keys_NKS = update(cache.keys_NKS, pack(keys_NK1, axis=1), slot, axis=2)
-        return LayerCache(keys_NKS, write_packed(cache.values_NSK, values_N1K, slot, axis=1))
-    keys_NKS = update(cache.keys_NKS, keys_NK1, slot, axis=2)
-    return LayerCache(keys_NKS, update(cache.values_NSK, values_N1K, slot, axis=1))
+        # Of a token's keys two share a word; of the values each shares it with that of the neighbouring slot.
+        keys_NK1, write_values = pack(keys_NK1, axis=1), write_packed
+    return LayerCache(
+        keys_NKS=write(cache.keys_NKS, keys_NK1, slot, axis=2),
+        values_NSK=write_values(cache.values_NSK, values_N1K, slot, axis=1),
+    )
