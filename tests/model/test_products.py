@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from tinystories_jax.model.products import (
     multiply_into_float32,
     pack,
     rounded_einsum,
+    split_columns,
     sum_outer_products,
     write_packed,
 )
@@ -145,3 +147,50 @@ def test_a_cpu_sums_outer_products_of_bfloat16_without_converting_them():
     # That says something: the plain form converts both.
     plain = functools.partial(jnp.einsum, "NX,NY->XY", preferred_element_type=jnp.float32)
     assert conversions(plain) == 2
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU multiplies bf16 as it is")
+def test_a_cpu_sums_outer_products_of_bfloat16_without_a_copy_of_the_right_operand():
+    left, right = jnp.ones((512, 64), jnp.bfloat16), jnp.ones((512, 128), jnp.bfloat16)
+
+    def copied(function):
+        text = str(jax.jit(function).lower(left, right).compile().as_text())
+        return sorted(re.findall(r"= bf16\[([\d,]+)\]\S* copy\(", text))
+
+    assert copied(sum_outer_products) == ["64,8,64"]
+
+    def in_the_order_of_einsum(left, right):
+        pieces = left.reshape(8, 64, 64), right.reshape(8, 64, 128)
+        return jnp.einsum("PNX,PNY->XY", *pieces, preferred_element_type=jnp.float32)
+
+    assert len(copied(in_the_order_of_einsum)) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_columns_are_split_and_their_gradients_joined(dtype):
+    array = jnp.array(np.random.default_rng(0).standard_normal((2, 3, 9)), dtype)
+
+    def split(array):
+        return jnp.split(array, [4, 6], axis=-1)
+
+    parts, gradients = jax.vjp(functools.partial(split_columns, widths=(4, 2, 3)), array)
+    plain, plain_gradients = jax.vjp(split, array)
+    grads = [jnp.cos(part) for part in plain]
+    for ours, expected in zip((*parts, *gradients(grads)), (*plain, *plain_gradients(grads)), strict=True):
+        assert ours.dtype == expected.dtype
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU moves bf16 as it is")
+def test_a_cpu_joins_gradients_in_bfloat16_as_they_are():
+    array = jnp.ones((4, 8), jnp.bfloat16)
+
+    def join(split):
+        def gradients(left, right):
+            return jax.vjp(split, array)[1]([left, right])
+
+        parts = array[:, :4], array[:, 4:]
+        return str(jax.jit(gradients).lower(*parts).compile().as_text()).count("f32[4,8]")
+
+    assert join(lambda array: split_columns(array, (4, 4))) == 0
+    assert join(lambda array: jnp.split(array, 2, axis=-1)) > 0  # JAX's own does

@@ -132,6 +132,20 @@ def test_bfloat16_stays_near_float32(params, tokens_BT):
     assert 0 < float(jnp.abs(logits_BTV - rounded_BTV).max()) < 0.02
 
 
+def test_swiglu_and_its_gradient_in_bfloat16_are_rounded_once():
+    rng = np.random.default_rng(0)
+    rounded = [jnp.array(rng.standard_normal((64, width)), jnp.bfloat16) for width in (96, 48)]
+    exact = [array.astype(jnp.float32) for array in rounded]
+
+    def gate(gate_and_up, grads):
+        gated, gradient = jax.vjp(transformer._gate, gate_and_up)
+        return gated, *gradient(grads)
+
+    for once, plain in zip(gate(*rounded), gate(*exact), strict=True):
+        assert once.dtype == jnp.bfloat16
+        np.testing.assert_allclose(once.astype(jnp.float32), plain, rtol=2**-8, atol=1e-6)
+
+
 def test_bfloat16_gradients_of_a_frequent_token_do_not_lose_their_tail(params):
     """4,096 equal contributions to one row: a sum in bf16 stops growing after a few hundred."""
     tokens_BT = jnp.full((64, 64), 5)

@@ -1,6 +1,7 @@
 """train_step: shift, accumulation, article weight, dropout, determinism, overfitting, compilations."""
 
 import dataclasses
+import functools
 import math
 import platform
 import re
@@ -192,6 +193,21 @@ def test_a_step_for_many_updates_is_the_same_step(rows, length, model):
     # Moments are the gradients, but for their scale.
     for moment, plain_moment in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(plain.opt_state), strict=True):
         np.testing.assert_allclose(moment, plain_moment, rtol=1e-4, atol=1e-6 * max(np.abs(plain_moment).max(), 1e-3))
+
+
+@pytest.mark.parametrize(("rows", "length", "model"), ODD_SHAPES[2:5])
+def test_odd_shapes_train_in_bfloat16_as_in_float32(rows, length, model):
+    losses, grad_norms = [], []
+    for dtype in ("float32", "bfloat16"):
+        config = change(make_tiny_config(), "model", **model, dtype=dtype)
+        block = np.random.RandomState(0).randint(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)
+        optimizer = make_optimizer(config)
+        state = jax.jit(functools.partial(init_state, config, optimizer))()
+        _, metrics = make_train_step(config, optimizer)(state, block, jnp.zeros(config.model.vocab_size, bool))
+        losses.append(metrics.loss)
+        grad_norms.append(metrics.grad_norm)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
+    np.testing.assert_allclose(grad_norms[1], grad_norms[0], rtol=0.05)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU has libraries of its own")

@@ -27,6 +27,7 @@ from tinystories_jax.model.products import (
     multiply_each,
     multiply_into_float32,
     pack,
+    split_columns,
     write_packed,
 )
 
@@ -372,7 +373,7 @@ class Attention(nnx.Module):
         query_width = self.config.num_heads * self.config.head_dim
         kv_width = self.config.num_kv_heads * self.config.head_dim
         projected_BTX = multiply(hidden_BTD, kernels.attention_in_DX)
-        queries, keys, values = jnp.split(projected_BTX, [query_width, query_width + kv_width], axis=-1)
+        queries, keys, values = split_columns(projected_BTX, (query_width, kv_width, kv_width))
         return _rotate(queries.reshape(heads), rotation), _rotate(keys.reshape(heads), rotation), values.reshape(heads)
 
     def _output(self, attended_BTHK: jax.Array, kernels: LayerKernels) -> jax.Array:
@@ -394,8 +395,11 @@ class FeedForward(nnx.Module):
 
 
 def _gate(gate_and_up_BTX: jax.Array) -> jax.Array:
-    gate_BTF, up_BTF = jnp.split(gate_and_up_BTX, 2, axis=-1)
-    return jax.nn.silu(gate_BTF) * up_BTF
+    width = gate_and_up_BTX.shape[-1] // 2
+    gate_BTF, up_BTF = split_columns(gate_and_up_BTX, (width, width))
+    # In float32 and rounded once: a CPU would convert to bf16 and back after each operation.
+    gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
+    return gated_BTF.astype(gate_and_up_BTX.dtype)
 
 
 def _run_layer(
