@@ -6,10 +6,10 @@ import pytest
 from tinystories_jax.model.attention import causal_attention
 
 
-def make_inputs(length):
+def make_inputs(length, num_rows=2):
     """Queries, keys, values and gradients of what is attended: 4 query heads of width 8, 2 of keys and values."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = ((2, length, num_heads, 8) for num_heads in (4, 2, 2, 4))
+    shapes = ((num_rows, length, num_heads, 8) for num_heads in (4, 2, 2, 4))
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -31,8 +31,10 @@ def test_attention_in_blocks_is_attention(length):
         np.testing.assert_allclose(ours, plain, atol=5e-6)
 
 
-def test_in_bfloat16_attention_and_its_gradients_stay_near_float32():
-    *inputs, grads = make_inputs(64)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 6])
+def test_in_bfloat16_attention_and_its_gradients_stay_near_float32(num_rows):
+    """A CPU attends in two groups of rows where they divide."""
+    *inputs, grads = make_inputs(64, num_rows)
     rounded = [array.astype(jnp.bfloat16) for array in (*inputs, grads)]
     exact = [array.astype(jnp.float32) for array in rounded]
     ours = [causal_attention(*rounded[:3]), *gradients(causal_attention, rounded[:3], rounded[3])]

@@ -1,5 +1,6 @@
 """Causal attention over whole texts: where cuDNN's runs, and our own in plain products for everywhere else."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from tinystories_jax.model.products import rounded_einsum, sum_outer_products
 _BLOCK_LENGTH = 128
 _FEWEST_BLOCKS = 4
 _MOST_BLOCKS = 16
+_NUM_GROUPS = 2
 
 _Saved = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], jax.Array]
 
@@ -36,7 +38,12 @@ def causal_attention(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK:
         for shared in (keys_BTGK, values_BTGK)
     )
     queries_BHTK = jnp.swapaxes(queries_BTHK, 1, 2) * head_dim**-0.5
-    return jnp.swapaxes(_attend(queries_BHTK, keys_BHSK, values_BHSK), 1, 2)
+    # XLA's CPU backend gives products in bf16 as small as those of a head to a single thread each, but runs what does
+    # not depend on each other at the same time.
+    on_cpu_in_low_precision = jax.default_backend() == "cpu" and queries_BHTK.dtype == jnp.bfloat16
+    num_groups = math.gcd(queries_BHTK.shape[0], _NUM_GROUPS if on_cpu_in_low_precision else 1)
+    groups = zip(*(jnp.split(array, num_groups) for array in (queries_BHTK, keys_BHSK, values_BHSK)), strict=True)
+    return jnp.swapaxes(jnp.concatenate([_attend(*group) for group in groups]), 1, 2)
 
 
 @jax.custom_vjp
