@@ -71,7 +71,8 @@ def watch(command: list[str]) -> tuple[list[Look], list[str]]:
 
 @pytest.mark.slow
 def test_a_long_run_grows_in_nothing(tmp_path, full, tally: Counter[str]):
-    num_updates, every = (2_000, 100) if full else (300, 50)
+    # A save takes as long as some 30 updates: there must be looks between two.
+    num_updates, every = (2_000 if full else 600), 100
     train, valid = write_stories(tmp_path / "train.txt", range(200)), write_stories(tmp_path / "valid.txt", range(9))
     looks, lines = watch(
         [
