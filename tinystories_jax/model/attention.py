@@ -38,10 +38,7 @@ def causal_attention(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK:
         for shared in (keys_BTGK, values_BTGK)
     )
     queries_BHTK = jnp.swapaxes(queries_BTHK, 1, 2) * head_dim**-0.5
-    # XLA's CPU backend gives products in bf16 as small as those of a head to a single thread each, but runs what does
-    # not depend on each other at the same time.
-    on_cpu_in_low_precision = jax.default_backend() == "cpu" and queries_BHTK.dtype == jnp.bfloat16
-    num_groups = math.gcd(queries_BHTK.shape[0], _NUM_GROUPS if on_cpu_in_low_precision else 1)
+    num_groups = _num_groups(queries_BHTK)
     groups = zip(*(jnp.split(array, num_groups) for array in (queries_BHTK, keys_BHSK, values_BHSK)), strict=True)
     return jnp.swapaxes(jnp.concatenate([_attend(*group) for group in groups]), 1, 2)
 
@@ -105,6 +102,17 @@ def _add_product(total_BHKS: jax.Array, of_BHTK: jax.Array, by_BHTS: jax.Array) 
 
 
 _attend.defvjp(_attend_and_save, _attend_gradients)
+
+
+def _num_groups(queries_BHTK: jax.Array) -> int:
+    """Returns into how many equal groups of rows attention is cut.
+
+    XLA's CPU backend gives products in bf16 as small as those of a head to a single thread each, but runs at the same
+    time what does not depend on each other.
+    """
+    if jax.default_backend() != "cpu" or queries_BHTK.dtype != jnp.bfloat16:
+        return 1
+    return math.gcd(queries_BHTK.shape[0], _NUM_GROUPS)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
