@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/speedrun.py --workdir runs/speedrun
 
 Hardware: as configs/top10k.py; 2 epochs of 470 M tokens are 1.4e17 FLOPs, Muon adds 2 %. Goal: the validation loss that
-configs/top10k.py ends with. Not run on a GPU yet: what was measured is a small model, configs/speedrun_cpu.py, from the
+configs/top10k.py ends with. No run on a GPU yet: what was measured is a small model, configs/speedrun_cpu.py, from the
 search for which these rates follow by width; docs/recipe.md has the search and the figures.
 """
 

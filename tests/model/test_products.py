@@ -185,12 +185,36 @@ def test_columns_are_split_and_their_gradients_joined(dtype):
 def test_a_cpu_joins_gradients_in_bfloat16_as_they_are():
     array = jnp.ones((4, 8), jnp.bfloat16)
 
-    def join(split):
-        def gradients(left, right):
-            return jax.vjp(split, array)[1]([left, right])
-
+    def arrays_in_float32(join):
         parts = array[:, :4], array[:, 4:]
-        return str(jax.jit(gradients).lower(*parts).compile().as_text()).count("f32[4,8]")
+        return str(jax.jit(join).lower(*parts).compile().as_text()).count("f32[4,8]")
 
-    assert join(lambda array: split_columns(array, (4, 4))) == 0
-    assert join(lambda array: jnp.split(array, 2, axis=-1)) > 0  # JAX's own does
+    def ours(left, right):
+        return jax.vjp(lambda array: split_columns(array, (4, 4)), array)[1]([left, right])
+
+    def in_float32(left, right):
+        return jnp.concatenate([left.astype(jnp.float32), right.astype(jnp.float32)], axis=-1)
+
+    assert arrays_in_float32(ours) == 0 < arrays_in_float32(in_float32)
+
+
+def lower_for_a_gpu(monkeypatch, function, *arrays):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("num_rows", "result"), [(1, "1x1x96xf32"), (3, "1x3x96xbf16")])
+def test_a_gpu_multiplies_a_single_row_into_float32(num_rows, result, monkeypatch):
+    rows, matrix = make_operands(448, 96, num_rows, "bfloat16")
+    lowered = lower_for_a_gpu(monkeypatch, multiply, rows, matrix)
+    assert re.findall(r"dot_general .* -> tensor<(\w+)>", lowered) == [result]
+
+
+def test_a_gpu_joins_gradients_before_any_product_reads_them(monkeypatch):
+    array = jnp.ones((4, 8), jnp.bfloat16)
+
+    def gradients(left, right):
+        return jax.vjp(lambda array: split_columns(array, (4, 4)), array)[1]([left, right])
+
+    lowered = lower_for_a_gpu(monkeypatch, gradients, array[:, :4], array[:, 4:])
+    assert re.findall(r"concatenate|optimization_barrier", lowered) == ["concatenate", "optimization_barrier"]

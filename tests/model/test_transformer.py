@@ -167,29 +167,33 @@ class Device(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    ("device", "changes", "expected"),
+    ("device", "changes", "length", "expected"),
     [
-        (Device(), {}, True),
-        (Device(compute_capability="7.5"), {}, False),
-        (Device(platform="cpu"), {}, False),
-        (Device(client=SimpleNamespace(platform_version="rocm 60000"), compute_capability="gfx90a"), {}, False),
-        (Device(), {"dtype": "float32"}, False),
-        (Device(), {"head_dim": 20}, False),
-        (Device(), {"head_dim": 136}, False),
+        (Device(), {}, 16, True),
+        (Device(), {}, 13, False),
+        (Device(compute_capability="7.5"), {}, 16, False),
+        (Device(platform="cpu"), {}, 16, False),
+        (Device(client=SimpleNamespace(platform_version="rocm 60000"), compute_capability="gfx90a"), {}, 16, False),
+        (Device(), {"dtype": "float32"}, 16, False),
+        (Device(), {"head_dim": 20}, 16, False),
+        (Device(), {"head_dim": 136}, 16, False),
     ],
 )
-def test_flash_attention_is_asked_for_only_where_it_runs(device, changes, expected):
+def test_flash_attention_is_asked_for_only_where_it_runs(device, changes, length, expected):
     config = dataclasses.replace(CONFIG, **({"dtype": "bfloat16"} | changes))
-    assert uses_flash_attention(config, device) is expected
+    assert uses_flash_attention(config, length, device) is expected
 
 
-def test_each_layer_calls_flash_attention_forward_and_backward(monkeypatch):
+@pytest.mark.parametrize(("length", "calls_per_layer"), [(16, 1), (13, 0)])
+def test_each_layer_calls_flash_attention_forward_and_backward(length, calls_per_layer, monkeypatch):
     """Lowered for a CUDA device, which takes none; whether it runs there is asserted by the benchmark."""
-    monkeypatch.setattr(transformer, "uses_flash_attention", lambda config, device: True)
+    monkeypatch.setattr(
+        transformer, "uses_flash_attention", lambda config, length, _: uses_flash_attention(config, length, Device())
+    )
     # The one thing that JAX asks of the machine while it lowers.
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    tokens_BT = jnp.zeros((2, 16), jnp.int32)
+    tokens_BT = jnp.zeros((2, length), jnp.int32)
 
     def lowered(function: Callable[[Params], Any]) -> str:
         params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -198,8 +202,9 @@ def test_each_layer_calls_flash_attention_forward_and_backward(monkeypatch):
     def loss(params: Params) -> jax.Array:
         return forward(params, tokens_BT, config).mean()
 
-    for function, calls in ((loss, 1), (jax.grad(loss), 2)):
-        assert len(re.findall(r"custom_call @__cudnn\$fmha\w*", lowered(function))) == calls * config.num_layers
+    for function, times in ((loss, 1), (jax.grad(loss), 2)):
+        calls = len(re.findall(r"custom_call @__cudnn\$fmha\w*", lowered(function)))
+        assert calls == times * calls_per_layer * config.num_layers
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
@@ -258,7 +263,8 @@ def test_num_params_counts_what_is_made(params):
 
 
 def test_a_second_forward_of_the_same_shape_compiles_nothing(params, tokens_BT):
-    step: Any = jax.jit(forward, static_argnames="config")
+    # Of a function of its own: what JAX compiled of `forward` itself it counts over all tests of a process.
+    step: Any = jax.jit(lambda params, tokens_BT, config: forward(params, tokens_BT, config), static_argnames="config")
     step(params, tokens_BT, CONFIG)
     step(params, tokens_BT + 0, dataclasses.replace(CONFIG))
     assert step._cache_size() == 1

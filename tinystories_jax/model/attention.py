@@ -17,12 +17,13 @@ _NUM_GROUPS = 2
 _Saved = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], jax.Array]
 
 
-def uses_flash_attention(config: ModelConfig, device: Any) -> bool:
-    """Returns whether `device` runs cuDNN's flash attention for this model: CUDA from Ampere on, bfloat16, and a head
-    width that is a multiple of 8 up to 128. Asking for it elsewhere raises."""
+def uses_flash_attention(config: ModelConfig, length: int, device: Any) -> bool:
+    """Returns whether `device` runs cuDNN's flash attention for texts of `length` tokens and this model: CUDA from
+    Ampere on, bfloat16, a head width that is a multiple of 8 up to 128, and an even length, which JAX asks for where
+    there is a gradient. Asking for it elsewhere raises."""
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
-    fits = config.dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
+    fits = config.dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128 and length % 2 == 0
     return fits and float(device.compute_capability) >= 8.0
 
 

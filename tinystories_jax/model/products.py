@@ -26,11 +26,12 @@ def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
     if rows.dtype != matrix_DF.dtype:
         # As when a CPU writes texts (model/generate.py).
         return multiply_into_float32(rows, matrix_DF).astype(rows.dtype)
-    if jax.default_backend() != "cpu":
-        return rows @ matrix_DF
     width_in, width_out = matrix_DF.shape
     if rows.size == width_in:
+        # On a GPU too: of a plain product with a single row XLA makes products rounded to bf16, and a sum of those.
         return _multiply_row(rows, matrix_DF).astype(rows.dtype)
+    if jax.default_backend() != "cpu":
+        return rows @ matrix_DF
     return _multiply_rows(rows.reshape(-1, width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
 
 
@@ -128,7 +129,9 @@ def sum_outer_products(left: jax.Array, right: jax.Array) -> jax.Array:
 def split_columns(array: jax.Array, widths: tuple[int, ...]) -> list[jax.Array]:
     """Returns an array (..., X), in which arrays of these widths stand side by side, as these arrays.
 
-    With a gradient of its own: XLA's CPU backend would join the parts of one in bf16 in float32, and round that.
+    With a gradient of its own. XLA's CPU backend would join the parts of one in bf16 in float32, and round that. On a
+    GPU XLA would join them anew for each product that reads them, and apart from what makes them: a tenth of a step
+    (docs/benchmarks.md).
     """
     return _split_columns(array, widths)
 
@@ -184,7 +187,9 @@ def _split_and_save(array: jax.Array, widths: tuple[int, ...]) -> tuple[list[jax
 
 def _join_gradients(_widths: tuple[int, ...], _saved: None, grads: list[jax.Array]) -> tuple[jax.Array]:
     dtype = grads[0].dtype
-    if jax.default_backend() != "cpu" or dtype != jnp.bfloat16:
+    if jax.default_backend() != "cpu":
+        return (jax.lax.optimization_barrier(jnp.concatenate(grads, axis=-1)),)
+    if dtype != jnp.bfloat16:
         return (jnp.concatenate(grads, axis=-1),)
     bits = [jax.lax.bitcast_convert_type(grad, jnp.uint16) for grad in grads]
     return (jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis=-1), dtype),)

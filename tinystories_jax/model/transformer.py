@@ -338,7 +338,7 @@ class Attention(nnx.Module):
         self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernels: LayerKernels
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernels)
-        if uses_flash_attention(self.config, jax.devices()[0]):
+        if uses_flash_attention(self.config, hidden_BTD.shape[1], jax.devices()[0]):
             attended_BTHK = jax.nn.dot_product_attention(
                 queries_BTHK, keys_BTGK, values_BTGK, is_causal=True, implementation="cudnn"
             )

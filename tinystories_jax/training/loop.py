@@ -210,7 +210,8 @@ def _announce(config: Config, workdir: Path) -> None:
     schedule, device = config.schedule, jax.devices()[0]
     assert schedule is not None
     tokens_per_update = schedule.blocks_per_update * config.data.sequence_length
-    attention = "cuDNN flash" if uses_flash_attention(config.model, device) else "plain, by blocks of queries"
+    flash = uses_flash_attention(config.model, config.data.sequence_length, device)
+    attention = "cuDNN flash" if flash else "plain, by blocks of queries"
     checkpoint_megabytes = checkpoint_bytes(config) / 1e6
     lines = [
         f"run       {workdir}",

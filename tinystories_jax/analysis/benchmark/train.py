@@ -160,7 +160,8 @@ def find_flash_attention(config: Config, device: Any, compiled_text: str) -> dic
     """
     if device.platform != "gpu":
         return {"expected": False, "calls_in_hlo": None}
-    expected, calls = uses_flash_attention(config.model, device), count_flash_attention_calls(compiled_text)
+    expected = uses_flash_attention(config.model, config.data.sequence_length, device)
+    calls = count_flash_attention_calls(compiled_text)
     if expected and calls < 2 * config.model.num_layers:
         raise RuntimeError(
             f"the compiled step calls cuDNN's flash attention {calls} times; {config.model.num_layers} layers, forward "
