@@ -131,6 +131,11 @@ def test_on_a_cpu_pytorch_runs_under_both_allocators():
     assert peer_rounds._allocators("gpu") == {"": {}}
 
 
+def test_on_a_cpu_pytorch_compiles_in_one_thread():
+    on_cpu, on_gpu = (peer_rounds._compile_caches("folder", platform) for platform in ("cpu", "gpu"))
+    assert on_cpu == {**on_gpu, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
 def test_what_the_peer_cannot_express_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     require_peer(tiny_config())
