@@ -16,7 +16,9 @@ from tinystories_jax.data.prepare import log_to_stderr
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object with all figures.")
-_MFU = flags.DEFINE_float("mfu", None, "Share of its peak that each GPU reaches; without it the one measured, or 0.31.")
+_MFU = flags.DEFINE_float(
+    "mfu", None, "Share of its peak that each GPU reaches; without it the one measured, or assumed."
+)
 _MEASURE = flags.DEFINE_bool("measure", True, "Compile and time a few training steps on this device, about a minute.")
 flags.mark_flag_as_required("config")
 

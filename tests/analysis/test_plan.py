@@ -16,6 +16,7 @@ from tests.tiny import CONFIGS, make_tiny_config, read_tiny_values
 from tinystories_jax.analysis import measure
 from tinystories_jax.analysis.measure import Measurement, measure_training
 from tinystories_jax.analysis.plan import (
+    ASSUMED_MFU,
     GPUS,
     Corpus,
     Plan,
@@ -118,13 +119,13 @@ def test_state_is_as_large_as_the_real_one():
 def test_times_on_gpus_are_flops_by_peak_and_mfu(top10k):
     assert len(top10k.gpus) == 6
     for name, gpu in zip(GPUS, top10k.gpus, strict=True):
-        speed = PEAK_BF16_FLOPS[GPUS[name]] * 0.31
+        speed = PEAK_BF16_FLOPS[GPUS[name]] * ASSUMED_MFU
         assert gpu.training_seconds == pytest.approx(top10k.flops.training_flops / speed)
         assert gpu.five_epochs_seconds == pytest.approx(
             5 * top10k.work.tokens_per_epoch * top10k.flops.per_token_flops / speed
         )
         assert gpu.update_seconds * top10k.work.updates == pytest.approx(gpu.training_seconds)
-    half = time_on_gpu("H200", 0.155, top10k.flops, top10k.work)
+    half = time_on_gpu("H200", ASSUMED_MFU / 2, top10k.flops, top10k.work)
     assert half.training_seconds == pytest.approx(2 * top10k.gpus[-1].training_seconds)
 
 
