@@ -15,7 +15,7 @@ from tests.tiny import make_empty_cache
 from tinystories_jax.errors import UserError
 from tinystories_jax.model import generate as generate_module
 from tinystories_jax.model.generate import Sampling, generate, generate_chunks
-from tinystories_jax.model.products import PACKED
+from tinystories_jax.model.products import PACKED, TRANSPOSED
 from tinystories_jax.model.transformer import (
     decode_step,
     decode_weights,
@@ -100,7 +100,7 @@ def test_an_odd_context_ends_within_a_pair_of_packed_slots(params):
 def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
     """All products with them have results in float32; what attention adds up is in float32."""
     batch_size, cache_length = 3, 40
-    program = lower_decode_until(params, batch_size, cache_length, kept_as="bfloat16").as_text()
+    program = lower_decode_until(params, batch_size, cache_length, kept_as=TRANSPOSED).as_text()
     operands = re.findall(r"stablehlo.dot_general .*: \((.*)\) -> tensor<(.*)>", program)
     in_bfloat16 = [types for types, result in operands if types.count("xbf16>") == 2 and result.endswith("xf32")]
     in_float32 = [types for types, _ in operands if types.count("xf32>") == 2]
@@ -109,6 +109,12 @@ def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
     of_all_slots = [types for types in in_float32 if f"x{cache_length}x" in types]  # sums of scores
     assert len(of_all_slots) == CONFIG.num_layers
     assert len(operands) == len(in_bfloat16) + len(in_float32)
+
+
+def test_no_angle_is_computed_for_a_token(params):
+    """XLA would compute its sine and cosine for every head of every layer."""
+    program = lower_decode_until(params, 3, 40, kept_as="float32").as_text()
+    assert not re.findall(r"stablehlo\.(?:sine|cosine)", program)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only a CPU packs")
@@ -123,7 +129,7 @@ def test_packed_matrices_are_unpacked_where_they_are_multiplied(params):
     assert not re.findall(rf"= .*f32\[(?:1,)*{shape}.*", "".join(outside_of_fusions))
 
 
-@pytest.mark.parametrize("kept_as", ["bfloat16", "float32", PACKED])
+@pytest.mark.parametrize("kept_as", ["bfloat16", "float32", TRANSPOSED, PACKED])
 def test_rounded_matrices_give_the_logits_of_float32_but_for_rounding(params, kept_as):
     packed = kept_as == PACKED
     weights = decode_weights(params, CONFIG, rounded_to="bfloat16", kept_as=kept_as)

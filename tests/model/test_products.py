@@ -1,4 +1,5 @@
 import functools
+import math
 import re
 
 import jax
@@ -8,6 +9,8 @@ import pytest
 
 from tinystories_jax.model.products import (
     PACKED,
+    TRANSPOSED,
+    Transposed,
     is_packed,
     keep_matrix,
     multiply,
@@ -77,13 +80,29 @@ def test_a_product_with_a_packed_matrix_is_that_with_its_entries_in_bfloat16(wid
     np.testing.assert_allclose(product, rows @ round_to_bfloat16(matrix), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kept_as", ["float32", "bfloat16", PACKED])
+@pytest.mark.parametrize("apply", [multiply, multiply_into_float32])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 8), (2, 3, 8), (448,)])
+def test_a_product_with_a_transposed_matrix_is_that_of_entries_in_bfloat16(shape, apply):
+    rng = np.random.default_rng(0)
+    rows, matrix = (jnp.array(rng.standard_normal(each), jnp.float32) for each in (shape, (shape[-1], 5)))
+    kept = keep_matrix(matrix, rounded_to="bfloat16", kept_as=TRANSPOSED)
+    product = jax.jit(apply)(rows, kept)
+    assert product.dtype == jnp.float32
+    assert product.shape == (*shape[:-1], 5)
+    np.testing.assert_allclose(product, round_to_bfloat16(rows) @ round_to_bfloat16(matrix), rtol=1e-5, atol=1e-4)
+    operands = f"(tensor<{math.prod(shape[:-1])}x{shape[-1]}xbf16>, tensor<5x{shape[-1]}xbf16>)"
+    assert operands in jax.jit(apply).lower(rows, kept).as_text()
+
+
+@pytest.mark.parametrize("kept_as", ["float32", "bfloat16", TRANSPOSED, PACKED])
 @pytest.mark.parametrize("width_in", [6, 7])
 def test_a_matrix_is_rounded_to_the_same_however_it_is_kept(width_in, kept_as):
     _, matrix = make_operands(width_in, 5, 1)
     kept = jax.jit(keep_matrix, static_argnames=("rounded_to", "kept_as"))
     kept = kept(matrix, rounded_to="bfloat16", kept_as=kept_as)
-    assert is_packed(kept) == (kept_as == PACKED and width_in == 6)  # no halves of an odd number of rows
+    assert isinstance(kept, Transposed) == (kept_as == TRANSPOSED)
+    packed = not isinstance(kept, Transposed) and is_packed(kept)
+    assert packed == (kept_as == PACKED and width_in == 6)  # no halves of an odd number of rows
     np.testing.assert_array_equal(multiply_into_float32(jnp.eye(width_in), kept), round_to_bfloat16(matrix))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tinystories_jax.background import in_background
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.errors import UserError
-from tinystories_jax.model.products import PACKED
+from tinystories_jax.model.products import PACKED, TRANSPOSED
 from tinystories_jax.model.transformer import (
     DecodeWeights,
     KVCache,
@@ -207,7 +207,7 @@ def decode_form(config: ModelConfig, num_rows: int) -> DecodeForm:
     if jax.default_backend() != "cpu" or config.dtype == "float32":
         return DecodeForm(config, rounded_to=config.dtype, kept_as=config.dtype, packs_cache=False)
     many = num_rows >= _FEWEST_IN_LOW_PRECISION and multiplies_bfloat16()
-    kept_as = PACKED if num_rows == 1 else "bfloat16" if many else "float32"
+    kept_as = PACKED if num_rows == 1 else TRANSPOSED if many else "float32"
     return DecodeForm(replace(config, dtype="float32"), config.dtype, kept_as, packs_cache=True)
 
 

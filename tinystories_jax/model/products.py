@@ -6,40 +6,57 @@ Shape suffixes besides those of transformer.py: N rows, or groups of R rows each
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 PACKED = "packed bfloat16"
+TRANSPOSED = "transposed bfloat16"
 _MOST_TERMS = 8
 _MOST_PIECES = 8
 _HIGH_BITS = np.uint32(0xFFFF0000)
 
 
-def multiply(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
+class Transposed(NamedTuple):
+    """A matrix (D, F) of which what a product sums over stands last: of one in bf16 XLA's CPU backend sorts the entries
+    anew for each product, and these in less time."""
+
+    matrix_FD: jax.Array
+
+
+Matrix = jax.Array | Transposed
+
+
+def multiply(rows: jax.Array, matrix: Matrix) -> jax.Array:
     """Returns rows (..., D) times a matrix, as (..., F) in the rows' dtype, from a product in the matrix's.
 
-    A matrix may be packed.
+    A matrix may be packed or transposed.
     """
-    if rows.dtype != matrix_DF.dtype:
+    if isinstance(matrix, Transposed) or rows.dtype != matrix.dtype:
         # As when a CPU writes texts (model/generate.py).
-        return multiply_into_float32(rows, matrix_DF).astype(rows.dtype)
-    width_in, width_out = matrix_DF.shape
+        return multiply_into_float32(rows, matrix).astype(rows.dtype)
+    width_in, width_out = matrix.shape
     if rows.size == width_in:
         # On a GPU too: of a plain product with a single row XLA makes products rounded to bf16, and a sum of those.
-        return _multiply_row(rows, matrix_DF).astype(rows.dtype)
+        return _multiply_row(rows, matrix).astype(rows.dtype)
     if jax.default_backend() != "cpu":
-        return rows @ matrix_DF
-    return _multiply_rows(rows.reshape(-1, width_in), matrix_DF).reshape(*rows.shape[:-1], width_out)
+        return rows @ matrix
+    return _multiply_rows(rows.reshape(-1, width_in), matrix).reshape(*rows.shape[:-1], width_out)
 
 
-def multiply_into_float32(rows: jax.Array, matrix_DF: jax.Array) -> jax.Array:
+def multiply_into_float32(rows: jax.Array, matrix: Matrix) -> jax.Array:
     """Returns rows (..., D) times a matrix, as float32 (..., F): a product in the matrix's dtype, summed in float32.
 
     With a packed matrix it is a product in float32.
     """
+    if isinstance(matrix, Transposed):
+        # Rows in one axis: with several such a product takes longer than one with the matrix as it was.
+        rows_ND = rows.reshape(-1, rows.shape[-1]).astype(matrix.matrix_FD.dtype)
+        products_NF = jnp.einsum("ND,FD->NF", rows_ND, matrix.matrix_FD, preferred_element_type=jnp.float32)
+        return products_NF.reshape(*rows.shape[:-1], -1)
+    matrix_DF = matrix
     if is_packed(matrix_DF):
         if rows.size == rows.shape[-1]:
             return _multiply_row(rows, matrix_DF)
@@ -60,14 +77,16 @@ def multiply_each(rows_NRD: jax.Array, matrices_NDF: jax.Array) -> jax.Array:
     return _sum_terms(list(zip(rows_of_halves, _unpack(matrices_NDF), strict=True)))
 
 
-def keep_matrix(matrix_DF: jax.Array, *, rounded_to: str, kept_as: str) -> jax.Array:
-    """Returns a float32 matrix rounded to a dtype, in the form in which products with it read it: "float32", "bfloat16"
-    or `PACKED`, which is float32 after all where D is odd."""
+def keep_matrix(matrix_DF: jax.Array, *, rounded_to: str, kept_as: str) -> Matrix:
+    """Returns a float32 matrix rounded to a dtype, in the form in which products with it read it: "float32",
+    "bfloat16", `TRANSPOSED`, or `PACKED`, which is float32 after all where D is odd."""
     if kept_as == PACKED and matrix_DF.shape[0] % 2 == 0:
         return pack(matrix_DF, axis=0)
     if rounded_to == "bfloat16":
         # XLA may drop a conversion to bf16 and back (xla_allow_excess_precision).
         matrix_DF = jax.lax.reduce_precision(matrix_DF, exponent_bits=8, mantissa_bits=7)
+    if kept_as == TRANSPOSED:
+        return Transposed(matrix_DF.astype("bfloat16").T)
     return matrix_DF.astype("float32" if kept_as == PACKED else kept_as)
 
 

@@ -10,7 +10,6 @@ of several matrices side by side, N rows and key/value heads as one axis, R quer
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from flax import nnx
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.attention import causal_attention, uses_flash_attention
 from tinystories_jax.model.products import (
+    Matrix,
     is_packed,
     keep_matrix,
     multiply,
@@ -63,10 +63,10 @@ class LayerKernels(NamedTuple):
     """The matrices of one layer as its products take them. Those that multiply the same vectors (queries, keys and
     values; gate and up) stand side by side, for one large product in place of several."""
 
-    attention_in_DX: jax.Array
-    attention_out_DD: jax.Array
-    feed_forward_in_DX: jax.Array
-    feed_forward_out_FD: jax.Array
+    attention_in_DX: Matrix
+    attention_out_DD: Matrix
+    feed_forward_in_DX: Matrix
+    feed_forward_out_FD: Matrix
 
 
 class DecodeWeights(NamedTuple):
@@ -75,7 +75,7 @@ class DecodeWeights(NamedTuple):
 
     params: Params
     layers: list[LayerKernels]
-    output_DV: jax.Array
+    output_DV: Matrix
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -108,7 +108,7 @@ def hidden_and_output(
     return hidden_BTD, model.output_matrix(config.dtype)
 
 
-def logits(hidden: jax.Array, output_DV: jax.Array) -> jax.Array:
+def logits(hidden: jax.Array, output_DV: Matrix) -> jax.Array:
     """Returns float32 logits (..., V), whatever the activations are."""
     return multiply_into_float32(hidden, output_DV)
 
@@ -117,7 +117,8 @@ def decode_weights(params: Params, config: ModelConfig, *, rounded_to: str, kept
     """Returns what `prefill` and `decode_step` take, with matrices as `products.keep_matrix` keeps them."""
     model = _bind(params, config)
     keep = functools.partial(keep_matrix, rounded_to=rounded_to, kept_as=kept_as)
-    return DecodeWeights(params, [layer.kernels(keep) for layer in model.layers], keep(model.output_matrix("float32")))
+    layers = [jax.tree.map(keep, layer.kernels("float32")) for layer in model.layers]
+    return DecodeWeights(params, layers, keep(model.output_matrix("float32")))
 
 
 def prefill(
@@ -226,7 +227,7 @@ class Transformer(nnx.Module):
         """Returns normalised hidden_BTD, and each layer's keys_BTGK (rotated) and values_BTGK; from the layers' own
         kernels where none are given."""
         hidden_BTD = self._embed(tokens_BT)
-        rotation = _rotation(np.arange(tokens_BT.shape[1])[None], self.config)
+        rotation = _rotation(tokens_BT.shape[1], self.config)
         keys_and_values = []
         given = kernels or [None] * len(self.layers)
         for index, (layer, layer_kernels) in enumerate(zip(self.layers, given, strict=True)):
@@ -244,8 +245,10 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """Returns normalised hidden_BTD of one new token a row (T = 1) and the cache with its keys and values."""
         hidden_BTD = self._embed(tokens_BT)
-        rotation = _rotation(positions_B[:, None], self.config)
         slot = cache.next_slot
+        # No position is beyond the slots.
+        rotation_of_slots = _rotation(cache.seen_BS.shape[1], self.config)
+        rotation = tuple(jnp.asarray(table.swapaxes(0, 1))[positions_B] for table in rotation_of_slots)
         seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.seen_BS, jnp.ones_like(tokens_BT, bool), slot, axis=1)
         seen_NS = jnp.repeat(seen_BS, self.config.num_kv_heads, axis=0)
         new_layers = []
@@ -279,7 +282,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         hidden_BTD: jax.Array,
-        rotation: tuple[Array, Array],
+        rotation: tuple[Array, ...],
         kernels: LayerKernels,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -291,7 +294,7 @@ class DecoderLayer(nnx.Module):
     def cached(
         self,
         hidden_BTD: jax.Array,
-        rotation: tuple[Array, Array],
+        rotation: tuple[Array, ...],
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
@@ -303,11 +306,11 @@ class DecoderLayer(nnx.Module):
         hidden_BTD = hidden_BTD + attended_BTD
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD), kernels), cache
 
-    def kernels(self, keep: Callable[[jax.Array], jax.Array]) -> LayerKernels:
-        """Returns the layer's own matrices, each as `keep` returns it."""
+    def kernels(self, dtype: str) -> LayerKernels:
+        """Returns the layer's own matrices."""
 
         def join(*layers: nnx.Linear) -> jax.Array:
-            return jnp.concatenate([keep(layer.kernel[...]) for layer in layers], axis=1)
+            return jnp.concatenate([layer.kernel[...].astype(dtype) for layer in layers], axis=1)
 
         attention, mlp = self.self_attn, self.mlp
         return LayerKernels(
@@ -335,7 +338,7 @@ class Attention(nnx.Module):
         self.o_proj = _linear(config, query_width, config.d_model, rngs, std=_residual_std(config))
 
     def __call__(
-        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernels: LayerKernels
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, ...], kernels: LayerKernels
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernels)
         if uses_flash_attention(self.config, hidden_BTD.shape[1], jax.devices()[0]):
@@ -349,7 +352,7 @@ class Attention(nnx.Module):
     def cached(
         self,
         hidden_BTD: jax.Array,
-        rotation: tuple[Array, Array],
+        rotation: tuple[Array, ...],
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
@@ -367,7 +370,7 @@ class Attention(nnx.Module):
         return self._output(attended_NRK.reshape(queries_BTHK.shape), kernels), cache
 
     def _project(
-        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernels: LayerKernels
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, ...], kernels: LayerKernels
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         heads = (*hidden_BTD.shape[:2], -1, self.config.head_dim)
         query_width = self.config.num_heads * self.config.head_dim
@@ -406,11 +409,11 @@ def _run_layer(
     layer: DecoderLayer,
     kernels: LayerKernels | None,
     hidden_BTD: jax.Array,
-    rotation: tuple[Array, Array],
+    rotation: tuple[Array, ...],
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Made in here, so that remat makes them again and keeps no copy.
-    kernels = layer.kernels(lambda matrix: matrix.astype(layer.config.dtype)) if kernels is None else kernels
+    kernels = layer.kernels(layer.config.dtype) if kernels is None else kernels
     return layer(hidden_BTD, rotation, kernels, dropout_key)
 
 
@@ -436,20 +439,19 @@ def _linear(config: ModelConfig, width_in: int, width_out: int, rngs: nnx.Rngs, 
     )
 
 
-def _rotation(positions_BT: Array, config: ModelConfig) -> tuple[Array, Array]:
-    """Returns float32 cosines and sines (B, T, 1, K/2) of the rotary angles (Su et al. 2021, arXiv:2104.09864).
+def _rotation(num_positions: int, config: ModelConfig) -> tuple[np.ndarray, ...]:
+    """Returns float32 cosines and sines (1, T, 1, K/2) of the rotary angles (Su et al. 2021, arXiv:2104.09864) of
+    positions 0, 1, ...
 
-    Of positions in NumPy they are in NumPy, and so constants in the compiled program: XLA would compute those of every
-    head and layer anew.
+    In NumPy, and so constants in the compiled program: XLA would compute those of every head and layer anew.
     """
-    functions = np if isinstance(positions_BT, np.ndarray) else jnp
     exponents = np.arange(config.head_dim // 2) / (config.head_dim // 2)
     frequencies = (config.rope_theta**-exponents).astype(np.float32)
-    angles = positions_BT.astype(np.float32)[:, :, None, None] * frequencies[None, None, None]
-    return functions.cos(angles), functions.sin(angles)
+    angles = np.arange(num_positions, dtype=np.float32)[None, :, None, None] * frequencies
+    return np.cos(angles), np.sin(angles)
 
 
-def _rotate(heads_BTHK: jax.Array, rotation: tuple[Array, Array]) -> jax.Array:
+def _rotate(heads_BTHK: jax.Array, rotation: tuple[Array, ...]) -> jax.Array:
     """Rotates pairs (k, k + K/2): the half-split form that Hugging Face's Llama uses, so that export is a rename."""
     cosines, sines = rotation
     first, second = jnp.split(heads_BTHK.astype(jnp.float32), 2, axis=-1)
