@@ -1,6 +1,7 @@
 """Schedule, decay, clipping and accumulation, each against its definition."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -81,6 +82,31 @@ def test_the_clip_sees_the_averaged_gradient(config):
     # Adam's first moment after one update is (1 - beta1) x the gradient it saw: unclipped, for 0.5 < max_grad_norm.
     moment = state.inner_opt_state[2][0].mu["w"]
     np.testing.assert_allclose(moment, (1 - config.optim.beta1) * 0.25, rtol=1e-5)
+
+
+@pytest.mark.parametrize("muon_learning_rate", [0.0, 0.02])
+def test_single_micro_steps_are_updates_of_multi_steps(config, muon_learning_rate):
+    config = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, muon_learning_rate=muon_learning_rate),
+        train=dataclasses.replace(config.train, grad_accum_steps=1),
+    )
+    optimizer = make_optimizer(config)
+    reference = optax.MultiSteps(optimizer.inner_opt, every_k_schedule=1)
+    params: Any = init_params(config.model, jax.random.key(0))
+    state: Any = optimizer.init(params)
+    expected_state = reference.init(params)
+    update, expected_update = jax.jit(optimizer.update), jax.jit(reference.update)
+    for key in jax.random.split(jax.random.key(1), 3):
+        grads = init_params(config.model, key)
+        updates, state = update(grads, state, params)
+        expected, expected_state = expected_update(grads, expected_state, params)
+        assert jax.tree.structure(state) == jax.tree.structure(expected_state)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), updates, expected)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state, expected_state)
+        params = optax.apply_updates(params, updates)
+    assert int(state.gradient_step) == 3
+    assert type(optimizer) is not optax.MultiSteps  # else this compares it with itself
 
 
 def test_a_large_gradient_is_clipped_and_its_norm_recorded_before(config):

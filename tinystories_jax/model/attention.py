@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.products import rounded_einsum, sum_outer_products
 
-_BLOCK_LENGTH = 128
+_BLOCK_LENGTH = 256
 _FEWEST_BLOCKS = 4
 _MOST_BLOCKS = 16
 _NUM_GROUPS = 2

@@ -58,7 +58,8 @@ def make_optimizer(config: Config) -> optax.MultiSteps:
         )
         inner = optax.partition({"muon": _in_stacks(muon), "adamw": inner}, optimizer_of)
     update = optax.chain(_record_norm(), optax.clip_by_global_norm(optim.max_grad_norm), inner)
-    return optax.MultiSteps(update, every_k_schedule=config.train.grad_accum_steps)
+    num_steps = config.train.grad_accum_steps
+    return optax.MultiSteps(update, num_steps) if num_steps > 1 else _SingleSteps(update, num_steps)
 
 
 def optimizer_of(params: optax.Params) -> optax.Params:
@@ -78,6 +79,21 @@ def optimizer_of(params: optax.Params) -> optax.Params:
 def decay_mask(params: optax.Params) -> optax.Params:
     """Returns True for matrices: norm scales are not pulled towards zero."""
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+class _SingleSteps(optax.MultiSteps):
+    """Where every micro-step is an update: the same states, but nothing is added up, and nothing chosen between the
+    state before and after, for which all of both would be read and written again (docs/benchmarks.md)."""
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: optax.MultiStepsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.MultiStepsState]:
+        updates, inner_state = self.inner_opt.update(updates, state.inner_opt_state, params, **extra_args)
+        return updates, state._replace(gradient_step=state.gradient_step + 1, inner_opt_state=inner_state)
 
 
 def _in_stacks(inner: optax.GradientTransformation) -> optax.GradientTransformation:
