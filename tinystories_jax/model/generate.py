@@ -200,7 +200,7 @@ def decode_form(config: ModelConfig, num_rows: int) -> DecodeForm:
 
     A GPU writes in the config's dtype. XLA's CPU backend has no arithmetic in bf16 but products of many rows, and
     converts to float32 and back: there activations are float32, and of a config in bf16 matrices, keys and values are
-    what is rounded. Matrices in bf16 it reads packed for a single row, and as they are for many where the processor has
+    what is rounded. Matrices in bf16 it reads packed for a single row, and transposed for many where the processor has
     instructions for bf16: half as many bytes (docs/benchmarks.md). For a few rows it has them in float32, so that a
     story is the same alone and beside a few others, but for the rounding of float32; many round the activations too.
     """

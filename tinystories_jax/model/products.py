@@ -20,8 +20,8 @@ _HIGH_BITS = np.uint32(0xFFFF0000)
 
 
 class Transposed(NamedTuple):
-    """A matrix (D, F) of which what a product sums over stands last: of one in bf16 XLA's CPU backend sorts the entries
-    anew for each product, and these in less time."""
+    """A matrix (D, F) with the axis last that a product sums over: XLA's CPU backend arranges one in bf16 anew for each
+    product, from this order in less time."""
 
     matrix_FD: jax.Array
 
