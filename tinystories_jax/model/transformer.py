@@ -247,8 +247,8 @@ class Transformer(nnx.Module):
         hidden_BTD = self._embed(tokens_BT)
         slot = cache.next_slot
         # No position is beyond the slots.
-        rotation_of_slots = _rotation(cache.seen_BS.shape[1], self.config)
-        rotation = tuple(jnp.asarray(table.swapaxes(0, 1))[positions_B] for table in rotation_of_slots)
+        cosines, sines = _rotation(cache.seen_BS.shape[1], self.config)
+        rotation = jnp.asarray(cosines[0])[positions_B, None], jnp.asarray(sines[0])[positions_B, None]
         seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.seen_BS, jnp.ones_like(tokens_BT, bool), slot, axis=1)
         seen_NS = jnp.repeat(seen_BS, self.config.num_kv_heads, axis=0)
         new_layers = []
@@ -282,7 +282,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         hidden_BTD: jax.Array,
-        rotation: tuple[Array, ...],
+        rotation: tuple[Array, Array],
         kernels: LayerKernels,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -294,7 +294,7 @@ class DecoderLayer(nnx.Module):
     def cached(
         self,
         hidden_BTD: jax.Array,
-        rotation: tuple[Array, ...],
+        rotation: tuple[Array, Array],
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
@@ -338,7 +338,7 @@ class Attention(nnx.Module):
         self.o_proj = _linear(config, query_width, config.d_model, rngs, std=_residual_std(config))
 
     def __call__(
-        self, hidden_BTD: jax.Array, rotation: tuple[Array, ...], kernels: LayerKernels
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernels: LayerKernels
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         queries_BTHK, keys_BTGK, values_BTGK = self._project(hidden_BTD, rotation, kernels)
         if uses_flash_attention(self.config, hidden_BTD.shape[1], jax.devices()[0]):
@@ -352,7 +352,7 @@ class Attention(nnx.Module):
     def cached(
         self,
         hidden_BTD: jax.Array,
-        rotation: tuple[Array, ...],
+        rotation: tuple[Array, Array],
         slot: jax.Array,
         seen_NS: jax.Array,
         cache: LayerCache,
@@ -370,7 +370,7 @@ class Attention(nnx.Module):
         return self._output(attended_NRK.reshape(queries_BTHK.shape), kernels), cache
 
     def _project(
-        self, hidden_BTD: jax.Array, rotation: tuple[Array, ...], kernels: LayerKernels
+        self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernels: LayerKernels
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         heads = (*hidden_BTD.shape[:2], -1, self.config.head_dim)
         query_width = self.config.num_heads * self.config.head_dim
@@ -409,7 +409,7 @@ def _run_layer(
     layer: DecoderLayer,
     kernels: LayerKernels | None,
     hidden_BTD: jax.Array,
-    rotation: tuple[Array, ...],
+    rotation: tuple[Array, Array],
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Made in here, so that remat makes them again and keeps no copy.
@@ -439,7 +439,7 @@ def _linear(config: ModelConfig, width_in: int, width_out: int, rngs: nnx.Rngs, 
     )
 
 
-def _rotation(num_positions: int, config: ModelConfig) -> tuple[np.ndarray, ...]:
+def _rotation(num_positions: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns float32 cosines and sines (1, T, 1, K/2) of the rotary angles (Su et al. 2021, arXiv:2104.09864) of
     positions 0, 1, ...
 
@@ -451,7 +451,7 @@ def _rotation(num_positions: int, config: ModelConfig) -> tuple[np.ndarray, ...]
     return np.cos(angles), np.sin(angles)
 
 
-def _rotate(heads_BTHK: jax.Array, rotation: tuple[Array, ...]) -> jax.Array:
+def _rotate(heads_BTHK: jax.Array, rotation: tuple[Array, Array]) -> jax.Array:
     """Rotates pairs (k, k + K/2): the half-split form that Hugging Face's Llama uses, so that export is a rename."""
     cosines, sines = rotation
     first, second = jnp.split(heads_BTHK.astype(jnp.float32), 2, axis=-1)
