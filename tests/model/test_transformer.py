@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from tests.lowered import text_as_called
 from tests.tiny import make_empty_cache
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model import transformer
@@ -197,7 +198,7 @@ def test_each_layer_calls_flash_attention_forward_and_backward(length, calls_per
 
     def lowered(function: Callable[[Params], Any]) -> str:
         params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-        return jax.jit(function).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+        return text_as_called(jax.jit(function).trace(params).lower(lowering_platforms=("cuda",)))
 
     def loss(params: Params) -> jax.Array:
         return forward(params, tokens_BT, config).mean()
@@ -238,6 +239,26 @@ def test_remat_changes_neither_loss_nor_gradient(params, tokens_BT):
 
     for plain, recomputed in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
         np.testing.assert_allclose(plain, recomputed, atol=1e-7)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_one_layer_is_traced_for_all_and_anew_in_each_program(remat, tokens_BT, monkeypatch):
+    run_layer, traced = transformer._run_layer, []
+
+    def counting(*arguments, **named):
+        traced.append(arguments)
+        return run_layer(*arguments, **named)
+
+    monkeypatch.setattr(transformer, "_run_layer", counting)
+    config = dataclasses.replace(CONFIG, num_layers=5, dropout=0.5, remat=remat)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    def loss(params: Params) -> jax.Array:
+        return forward(params, tokens_BT, config, dropout_key=jax.random.key(1)).mean()
+
+    for programs in (1, 2):
+        jax.eval_shape(jax.grad(loss), params)
+        assert len(traced) == programs
 
 
 def test_dropout_acts_only_with_a_key_and_depends_on_it(params, tokens_BT):

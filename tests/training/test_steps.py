@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.lowered import text_as_called
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config
-from tinystories_jax.model.transformer import forward
+from tinystories_jax.model.transformer import forward, init_params
 from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.steps import init_state, make_train_step
+from tinystories_jax.training.steps import fresh_params, init_state, make_train_step
 
 NO_ARTICLES_V = jnp.zeros(61, bool)
 
@@ -56,6 +57,15 @@ def random_blocks(count, batch_size=4, seed=0):
 def assert_trees_equal(one, other):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_whoever_asks_gets_the_parameters_of_a_config_from_one_program(tiny_config):
+    params = fresh_params(tiny_config)
+    program: Any = init_params
+    num_programs = program._cache_size()
+    state = init_state(tiny_config, make_optimizer(tiny_config))
+    assert_trees_equal(params, state.params)
+    assert program._cache_size() == num_programs > 0
 
 
 def test_the_loss_at_initialisation_is_about_ln_v(tiny_config):
@@ -240,7 +250,7 @@ def test_in_bfloat16_no_product_of_a_cpu_is_left_to_conversion(tiny_config, chan
     step: Any = make_train_step(config, optimizer, for_many_updates=True)
     lowered = step.lower(state, jax.ShapeDtypeStruct((4, 17), np.int32), NO_ARTICLES_V)
     types = re.findall(
-        r"dot_general .*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>", lowered.as_text()
+        r"dot_general .*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>", text_as_called(lowered)
     )
     # Four products a layer, and two in each of four blocks of attention; their gradients are two for each.
     assert len(types) >= config.model.num_layers * 3 * (4 + 2 * 4)

@@ -12,7 +12,6 @@ import numpy as np
 from tinystories_jax.analysis.check import Check, judge
 from tinystories_jax.analysis.small_copy import (
     describe,
-    fresh_params,
     jit_forward,
     loss_of,
     rows_of,
@@ -93,7 +92,7 @@ def _show_pairs(block: np.ndarray | None, tokenizer: StoryTokenizer | None, offs
 
 def check_initial_loss(config: Config, block: np.ndarray | None, why_random: str = "") -> Check:
     """Measures the loss of fresh parameters at full size: near ln V, since nothing is known yet."""
-    loss = loss_of(fresh_params(config), rows_of(config, block), config)
+    loss = loss_of(steps.fresh_params(config), rows_of(config, block), config)
     expected = _expected_initial_loss(config.model)
     distance = abs(loss / expected - 1)
     return judge(

@@ -12,10 +12,8 @@ from tinystories_jax.analysis.check import Check, judge
 from tinystories_jax.analysis.small_copy import (
     LONGEST_CONTEXT,
     describe,
-    fresh_params,
     jit_forward,
     loss_of,
-    params_of_seed,
     rows_of,
     sharpen,
     shrink,
@@ -39,7 +37,7 @@ def check_causality(config: Config) -> Check:
     """Measures how the logits at t change with tokens after t: by gradient, and by changing a token; exactly 0."""
     length = min(config.data.sequence_length, LONGEST_CONTEXT)
     small = shrink(config, vocab_size=length + 2, context=length)
-    params = params_of_seed(small.model, 1)
+    params = transformer.init_params(small.model, jax.random.key(1))
     # A token of its own at each position: its embedding's gradient is that of the input there.
     random = np.random.RandomState(1)
     tokens_BT = 1 + random.permutation(length + 1)[None, :length].astype(np.int32)
@@ -94,7 +92,7 @@ def check_decode_parity(config: Config) -> Check:
     exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     small = shrink(exact, vocab_size=_VOCAB_SIZE, context=LONGEST_CONTEXT)
     model, context = small.model, small.data.sequence_length
-    params = sharpen(params_of_seed(model, 4))
+    params = sharpen(transformer.init_params(model, jax.random.key(4)))
     new_tokens = min(_NEW_TOKENS, context - 1)
     lengths_B = np.array(sorted({1, (context - new_tokens) // 3 + 1, context - new_tokens}), np.int32)
     tokens_BT = np.random.RandomState(4).randint(1, _VOCAB_SIZE, (len(lengths_B), context)).astype(np.int32)
@@ -193,7 +191,7 @@ def check_precision(config: Config, block: np.ndarray | None) -> Check:
     """Checks that parameters, optimizer state and logits are float32, before and after a step, and measures how far
     the loss in the config's dtype is from that in float32, on the same parameters and tokens."""
     wrong = _not_float32(config)
-    params, rows = sharpen(fresh_params(config)), rows_of(config, block)
+    params, rows = sharpen(steps.fresh_params(config)), rows_of(config, block)
     exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     rounds = config.model.dtype != "float32"
     difference = abs(loss_of(params, rows, config) - loss_of(params, rows, exact)) if rounds else 0.0

@@ -126,7 +126,7 @@ class _Trial:
 
     def run(self, num_steps: int) -> float:
         """Returns the seconds that `num_steps` micro-steps took, their blocks read and sent as training does."""
-        state = jax.jit(self._init_state)() if self._state is None else self._state
+        state = self._state or init_state(self._config, make_optimizer(self._config))
         jax.block_until_ready(state)
         began = time.perf_counter()
         for _ in range(num_steps):
@@ -135,6 +135,3 @@ class _Trial:
             self._micro_step += 1
         self._state = jax.block_until_ready(state)
         return time.perf_counter() - began
-
-    def _init_state(self) -> TrainState:
-        return init_state(self._config, make_optimizer(self._config))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinystories_jax.config import Config, ModelConfig, Schedule
+from tinystories_jax.config import Config, Schedule
 from tinystories_jax.evaluation.validation import eval_step
 from tinystories_jax.model import transformer
 from tinystories_jax.training import optim, steps
@@ -80,7 +80,8 @@ def describe(small: Config) -> str:
 
 def start(config: Config) -> tuple[steps.TrainState, steps.TrainStep]:
     """Returns the initial state and the jitted step of a small copy, made as training makes them."""
-    return _fresh_state(config), steps.make_train_step(config, optim.make_optimizer(config))
+    optimizer = optim.make_optimizer(config)
+    return steps.init_state(config, optimizer), steps.make_train_step(config, optimizer)
 
 
 def jit_forward(config: Config) -> Any:
@@ -88,24 +89,7 @@ def jit_forward(config: Config) -> Any:
     return jax.jit(functools.partial(transformer.forward, config=config.model))
 
 
-# One program each: what runs outside of jit is a program for every operation and shape.
-@functools.partial(jax.jit, static_argnames="config")
-def _fresh_state(config: Config) -> steps.TrainState:
-    return steps.init_state(config, optim.make_optimizer(config))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def fresh_params(config: Config) -> transformer.Params:
-    """Returns the parameters that a run of `config` starts from, at full size."""
-    return steps.init_state(config, optim.make_optimizer(config)).params
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def params_of_seed(model: ModelConfig, seed: int) -> transformer.Params:
-    """Returns fresh parameters of a seed of the check's own."""
-    return transformer.init_params(model, jax.random.key(seed))
-
-
+# A program of its own: what runs outside of jit is one for every operation and shape.
 @jax.jit
 def sharpen(params: transformer.Params) -> transformer.Params:
     """Returns fresh parameters with matrices as large as training makes them, so that what a layer does shows in the

@@ -173,7 +173,7 @@ def generate_chunks(
     max_new_tokens = min(max_new_tokens, context_length)
     room, most_room = _SMALLEST_ROOM, -(-max_new_tokens // _SMALLEST_ROOM) * _SMALLEST_ROOM
     arrays = {"context_length": context_length, "cache_length": prompt_bucket + room, "packs_cache": form.packs_cache}
-    weights = _decode_weights(params, config=form.config, rounded_to=form.rounded_to, kept_as=form.kept_as)
+    weights = decode_weights(params, config=form.config, rounded_to=form.rounded_to, kept_as=form.kept_as)
     states = [
         _start(weights, tokens_BT[rows], lengths[rows], row_keys_B[rows], **arrays, **common)
         for rows in np.split(np.arange(len(prompts)), _num_groups(len(prompts)))
@@ -274,9 +274,6 @@ def _start(
     finished_B = jnp.zeros(lengths_B.shape, bool)
     state = DecodeState(row_keys_B, tokens_BT, lengths_B, finished_B, jnp.int32(0), cache)
     return _append(state, logits_BV, draw, filters, end_token)
-
-
-_decode_weights = jax.jit(decode_weights, static_argnames=("config", "rounded_to", "kept_as"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "filters", "end_token"), donate_argnames="state")

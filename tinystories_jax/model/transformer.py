@@ -78,8 +78,9 @@ class DecodeWeights(NamedTuple):
     output_DV: Matrix
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Returns fresh float32 parameters: matrices normal(0, 0.02), but for two kinds.
+    """Returns fresh float32 parameters: matrices normal(0, 0.02), but for two kinds. One program, whoever asks.
 
     Those that write into the residual stream are smaller by 1 / sqrt(2 num_layers) (GPT-2, Radford et al. 2019, section
     2.3). Embeddings are as large as they can be while the loss still starts near ln V (see `_embedding_std`).
@@ -113,6 +114,7 @@ def logits(hidden: jax.Array, output_DV: Matrix) -> jax.Array:
     return multiply_into_float32(hidden, output_DV)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "rounded_to", "kept_as"))
 def decode_weights(params: Params, config: ModelConfig, *, rounded_to: str, kept_as: str) -> DecodeWeights:
     """Returns what `prefill` and `decode_step` take, with matrices as `products.keep_matrix` keeps them."""
     model = _bind(params, config)
@@ -230,13 +232,13 @@ class Transformer(nnx.Module):
         rotation = _rotation(tokens_BT.shape[1], self.config)
         keys_and_values = []
         given = kernels or [None] * len(self.layers)
+        # Jitted, so that JAX traces the first layer and no other: all are the same function of other arrays.
+        run = jax.jit(functools.partial(_run_layer, rotation=rotation))
+        if self.config.remat:
+            run = jax.checkpoint(run)
         for index, (layer, layer_kernels) in enumerate(zip(self.layers, given, strict=True)):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            # jax.checkpoint sees the layer's parameters as closed-over arrays: kept, while activations are recomputed.
-            run = functools.partial(_run_layer, layer, layer_kernels)
-            if self.config.remat:
-                run = jax.checkpoint(run)
-            hidden_BTD, layer_keys_and_values = run(hidden_BTD, rotation, key)
+            hidden_BTD, layer_keys_and_values = run(layer, layer_kernels, hidden_BTD, key)
             keys_and_values.append(layer_keys_and_values)
         return self.norm(hidden_BTD), keys_and_values
 
@@ -409,8 +411,9 @@ def _run_layer(
     layer: DecoderLayer,
     kernels: LayerKernels | None,
     hidden_BTD: jax.Array,
-    rotation: tuple[Array, Array],
     dropout_key: jax.Array | None,
+    *,
+    rotation: tuple[Array, Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Made in here, so that remat makes them again and keeps no copy.
     kernels = layer.kernels(layer.config.dtype) if kernels is None else kernels

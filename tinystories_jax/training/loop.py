@@ -108,7 +108,7 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
     micro_steps = config.train.grad_accum_steps
 
     with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
-        fresh = jax.jit(lambda: init_state(config, optimizer))()
+        fresh = init_state(config, optimizer)
         state, meta = _start_or_resume(checkpoints, fresh, _meta(config, data), workdir)
         update = resumed_at = meta.update
         with (

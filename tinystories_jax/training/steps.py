@@ -49,10 +49,15 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, StepMetrics]]
 
 
+def fresh_params(config: Config) -> Params:
+    """Returns the parameters before the first micro-step, a pure function of the seed."""
+    return init_params(config.model, jax.random.fold_in(jax.random.key(config.seed), 0))
+
+
 def init_state(config: Config, optimizer: optax.MultiSteps) -> TrainState:
-    """Returns the state before the first micro-step, a pure function of the seed."""
-    params = init_params(config.model, jax.random.fold_in(jax.random.key(config.seed), 0))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    """Returns the state before the first micro-step, made by a program for the parameters and one for all else."""
+    params = fresh_params(config)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
 def make_train_step(config: Config, optimizer: optax.MultiSteps, *, for_many_updates: bool = False) -> TrainStep:

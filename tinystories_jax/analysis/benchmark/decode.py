@@ -128,4 +128,4 @@ def _write(
 
 
 def _make_params(config: Config) -> Params:
-    return jax.block_until_ready(jax.jit(lambda: init_params(config.model, jax.random.key(0)))())
+    return jax.block_until_ready(init_params(config.model, jax.random.key(0)))

@@ -46,7 +46,7 @@ class TrainingRun:
         began = time.perf_counter()
         self.compiled = compile_step(config, config.train.batch_size)
         self.compile_seconds = time.perf_counter() - began
-        self._state = jax.block_until_ready(jax.jit(lambda: init_state(config, make_optimizer(config)))())
+        self._state = jax.block_until_ready(init_state(config, make_optimizer(config)))
         self._waited_seconds = self._ran_seconds = 0.0
         self.run(1)
         # Warmed up: from here on it counts.
