@@ -27,7 +27,8 @@ quickstart: $(VENV)/.setup
 	$(BIN)/python scripts/sample.py --checkpoint $(WORKDIR) --num_samples 3 --temperature 0.8
 
 test: $(VENV)/.setup-dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	@# Two at a time: more would take several gigabytes each, and disturb those that look at the clock.
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadscope
 
 faults: $(VENV)/.setup-dev
 	FAULTS=full JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/faults

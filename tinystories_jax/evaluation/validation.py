@@ -135,7 +135,9 @@ def cache_of_files(files: str, tokenizer: StoryTokenizer) -> Iterator[TokenCache
 
 def article_mask(article_ids: Sequence[int], vocab_size: int) -> jax.Array:
     """Returns bool mask_V, True for the IDs of a / an / the."""
-    return jnp.zeros(vocab_size, bool).at[jnp.array(article_ids, jnp.int32)].set(True)
+    mask_V = np.zeros(vocab_size, bool)  # in NumPy: JAX would compile a program for each of ten operations
+    mask_V[list(article_ids)] = True
+    return jax.device_put(mask_V)
 
 
 def _article_scores(sums: np.ndarray) -> ArticleScores:
