@@ -9,7 +9,7 @@ def text_as_called(lowered: Any) -> str:
     functions = dict(re.findall(r"func\.func \w+ @(\S+?)(\(.*?)\n  }\n", lowered.as_text(), re.DOTALL))
 
     def expand(name: str) -> str:
-        callees = re.findall(r"= call @(\S+?)\(", functions[name])
+        callees = re.findall(r"= (?:func\.)?call @(\S+?)\(", functions[name])
         return functions[name] + "".join(map(expand, callees))
 
     return expand("main")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.lowered import text_as_called
 from tests.model.test_transformer import CONFIG
 from tests.tiny import make_empty_cache
 from tinystories_jax.errors import UserError
@@ -100,7 +101,7 @@ def test_an_odd_context_ends_within_a_pair_of_packed_slots(params):
 def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
     """All products with them have results in float32; what attention adds up is in float32."""
     batch_size, cache_length = 3, 40
-    program = lower_decode_until(params, batch_size, cache_length, kept_as=TRANSPOSED).as_text()
+    program = text_as_called(lower_decode_until(params, batch_size, cache_length, kept_as=TRANSPOSED))
     operands = re.findall(r"stablehlo.dot_general .*: \((.*)\) -> tensor<(.*)>", program)
     in_bfloat16 = [types for types, result in operands if types.count("xbf16>") == 2 and result.endswith("xf32")]
     in_float32 = [types for types, _ in operands if types.count("xf32>") == 2]
@@ -113,7 +114,7 @@ def test_matrices_in_bfloat16_are_not_converted_for_each_token(params):
 
 def test_no_angle_is_computed_for_a_token(params):
     """XLA would compute its sine and cosine for every head of every layer."""
-    program = lower_decode_until(params, 3, 40, kept_as="float32").as_text()
+    program = text_as_called(lower_decode_until(params, 3, 40, kept_as="float32"))
     assert not re.findall(r"stablehlo\.(?:sine|cosine)", program)
 
 

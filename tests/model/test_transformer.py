@@ -1,6 +1,7 @@
 """The decoder against its definition: causality, cached decoding, dtypes, counts, and Hugging Face's Llama."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -258,6 +259,23 @@ def test_one_layer_is_traced_for_all_and_anew_in_each_program(remat, tokens_BT, 
 
     for programs in (1, 2):
         jax.eval_shape(jax.grad(loss), params)
+        assert len(traced) == programs
+
+
+def test_one_layer_is_traced_for_all_of_a_step_of_writing_too(monkeypatch):
+    cached, traced = transformer.DecoderLayer.cached, []
+
+    def counting(*arguments):
+        traced.append(arguments)
+        return cached(*arguments)
+
+    monkeypatch.setattr(transformer.DecoderLayer, "cached", counting)
+    config = dataclasses.replace(CONFIG, num_layers=5)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    weights = jax.eval_shape(lambda params: decode_weights(params, config, **IN_FLOAT32), params)
+    for programs in (1, 2):
+        step = functools.partial(decode_step, config=config)
+        jax.eval_shape(step, weights, jnp.array([3]), jnp.array([0]), make_empty_cache(config, 1, 20))
         assert len(traced) == programs
 
 

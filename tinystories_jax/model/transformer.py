@@ -10,6 +10,7 @@ of several matrices side by side, N rows and key/value heads as one axis, R quer
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -232,8 +233,7 @@ class Transformer(nnx.Module):
         rotation = _rotation(tokens_BT.shape[1], self.config)
         keys_and_values = []
         given = kernels or [None] * len(self.layers)
-        # Jitted, so that JAX traces the first layer and no other: all are the same function of other arrays.
-        run = jax.jit(functools.partial(_run_layer, rotation=rotation))
+        run = _trace_once(_run_layer, rotation=rotation)
         if self.config.remat:
             run = jax.checkpoint(run)
         for index, (layer, layer_kernels) in enumerate(zip(self.layers, given, strict=True)):
@@ -254,8 +254,9 @@ class Transformer(nnx.Module):
         seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.seen_BS, jnp.ones_like(tokens_BT, bool), slot, axis=1)
         seen_NS = jnp.repeat(seen_BS, self.config.num_kv_heads, axis=0)
         new_layers = []
+        run = _trace_once(DecoderLayer.cached)
         for layer, layer_kernels, layer_cache in zip(self.layers, kernels, cache.layers, strict=True):
-            hidden_BTD, layer_cache = layer.cached(hidden_BTD, rotation, slot, seen_NS, layer_cache, layer_kernels)
+            hidden_BTD, layer_cache = run(layer, hidden_BTD, rotation, slot, seen_NS, layer_cache, layer_kernels)
             new_layers.append(layer_cache)
         return self.norm(hidden_BTD), KVCache(new_layers, seen_BS, slot + 1)
 
@@ -405,6 +406,14 @@ def _gate(gate_and_up_BTX: jax.Array) -> jax.Array:
     # In float32 and rounded once: a CPU would convert to bf16 and back after each operation.
     gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
     return gated_BTF.astype(gate_and_up_BTX.dtype)
+
+
+def _trace_once(run_layer: Callable[..., Any], **constants: Any) -> Callable[..., Any]:
+    """Returns the function of a layer for all layers of a program: jitted, it is traced for the first of them alone.
+
+    A function of its own each time: another program is traced anew, as one without jit in it would be.
+    """
+    return jax.jit(functools.partial(run_layer, **constants))
 
 
 def _run_layer(
