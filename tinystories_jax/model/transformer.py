@@ -409,9 +409,10 @@ def _gate(gate_and_up_BTX: jax.Array) -> jax.Array:
 
 
 def _trace_once(run_layer: Callable[..., Any], **constants: Any) -> Callable[..., Any]:
-    """Returns the function of a layer for all layers of a program: jitted, it is traced for the first of them alone.
+    """Returns the function of a layer, jitted: all layers of a program that call it are traced as one.
 
-    A function of its own each time: another program is traced anew, as one without jit in it would be.
+    A new function each time, so that JAX keeps no trace from one program to the next: what a test replaces in between
+    would not be seen.
     """
     return jax.jit(functools.partial(run_layer, **constants))
 

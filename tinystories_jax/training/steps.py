@@ -55,7 +55,7 @@ def fresh_params(config: Config) -> Params:
 
 
 def init_state(config: Config, optimizer: optax.MultiSteps) -> TrainState:
-    """Returns the state before the first micro-step, made by a program for the parameters and one for all else."""
+    """Returns the state before the first micro-step, a pure function of the seed."""
     params = fresh_params(config)
     return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
