@@ -4,6 +4,7 @@ import dataclasses
 import email.utils
 import json
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -313,6 +314,37 @@ def test_a_damaged_cache_costs_the_damaged_answers_alone(tmp_path):
             scores = judge_stories(STORIES, make_judge(server, cache))
             assert scores.num_judged == 6
             assert len(server.requests) == 6 + 4
+
+
+def make_gigabyte(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**30)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.symlink_to(path.with_name("elsewhere")), "it is a link"),
+        (os.mkfifo, "is not a regular file"),
+        (Path.mkdir, "is not a regular file"),
+        (make_gigabyte, "has 1,073,741,824 bytes"),
+    ],
+    ids=["link", "pipe", "folder", "gigabyte"],
+)
+@pytest.mark.parametrize("elsewhere", ["", "precious"])
+def test_a_cache_that_is_no_file_of_the_run_is_refused_before_anything_is_asked(make, reason, elsewhere, tmp_path):
+    cache = tmp_path / "judge.jsonl"
+    if elsewhere:
+        (tmp_path / "elsewhere").write_text(elsewhere)
+    make(cache)
+    refusal = rf"{cache}: cannot be read as the judge's answers \(.*{reason}.*\); move it away"
+    with judge_stand_in() as server:
+        with pytest.raises(UserError, match=refusal):
+            make_judge(server, cache)
+        with pytest.raises(UserError, match=refusal):
+            judge_stories(STORIES, dataclasses.replace(make_judge(server), cache=cache))
+        assert not server.requests
+    assert [path.read_text() for path in tmp_path.glob("elsewhere")] == [elsewhere] * bool(elsewhere)
 
 
 # ---- the flag

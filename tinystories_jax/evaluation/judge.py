@@ -12,6 +12,7 @@ import http.client
 import itertools
 import json
 import math
+import os
 import re
 import ssl
 import threading
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from tinystories_jax.background import in_background
+from tinystories_jax.data.folders import read_small_file
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.bootstrap import Interval, mean_interval
 
@@ -54,6 +56,7 @@ _MOST_TRIES = 5  # for one answer, over rate limits and outages
 _MOST_REPLIES = 3  # for one story, until one can be read
 _LONGEST_PAUSE_SECONDS = 60.0
 _MOST_BYTES = 2**20
+_MOST_CACHE_BYTES = 2**28  # some 900,000 answers
 _MOST_SIGNS = 300  # of what the endpoint says, in a message
 _PASSING = frozenset((408, 409, 425, 429))  # and 5xx; what other codes say stays true however often one asks
 
@@ -116,7 +119,10 @@ class _AsItIs(urllib.request.HTTPErrorProcessor):
 
 
 def read_judge(flag: str, environment: Mapping[str, str], cache: Path | None) -> Judge | None:
-    """Returns the judge of `--judge=openai:MODEL`, None for an empty flag; raises `UserError` for what is missing."""
+    """Returns the judge of `--judge=openai:MODEL`, None for an empty flag.
+
+    Raises `UserError` for what is missing, and for a cache that cannot be read.
+    """
     if not flag:
         return None
     shown = f"--judge={_printable(flag)}"
@@ -134,6 +140,7 @@ def read_judge(flag: str, environment: Mapping[str, str], cache: Path | None) ->
     _check_url(url)
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise UserError("OPENAI_API_KEY holds characters that no key has; mend it")
+    _read_cache(cache)  # what cannot be read is refused before a story is written
     return Judge(url.rstrip("/"), key, model, cache)
 
 
@@ -315,13 +322,25 @@ def _key(model: str, prompt: str, text: str) -> str:
 
 
 def _read_cache(cache: Path | None) -> dict[str, Verdict]:
-    """Returns the verdicts by key; a damaged line, as a process leaves that is killed, is asked again."""
+    """Returns the verdicts by key; a damaged line, as a process leaves that is killed, is asked again.
+
+    Raises `UserError` for what is no file of a run's own: to read it or to write it could take for ever, or land
+    elsewhere.
+    """
+    if cache is None or not os.path.lexists(cache):
+        return {}
+    try:
+        if cache.is_symlink():
+            raise ValueError("it is a link")
+        content = read_small_file(cache, _MOST_CACHE_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{cache}: cannot be read as the judge's answers ({reason}); move it away") from error
     verdicts = {}
-    if cache is not None and cache.exists():
-        for line in cache.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-                values = json.loads(line)
-                verdicts[str(values["key"])] = _verdict(values)
+    for line in content.decode("utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            values = json.loads(line)
+            verdicts[str(values["key"])] = _verdict(values)
     return verdicts
 
 
