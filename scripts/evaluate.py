@@ -22,7 +22,9 @@ _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epo
 _NUM_STORIES = flags.DEFINE_integer("num_stories", 200, "To write, or to read of --stories.", 1, 100_000)
 _DATA = flags.DEFINE_string("data", "", "File to measure the loss on, instead of the run's validation split.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of writing; 1 is the model's own distribution, 0 is greedy.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same stories.", lower_bound=0, upper_bound=2**31 - 1)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "The same seed writes the same stories on machines of one kind.", lower_bound=0, upper_bound=2**31 - 1
+)
 _JSON = flags.DEFINE_string("json", "", "File for the figures, beside the run's evaluation.json.")
 _JUDGE = flags.DEFINE_string("judge", "", "openai:MODEL sends the stories to OPENAI_BASE_URL, to be marked there.")
 
@@ -30,8 +32,14 @@ _JUDGE = flags.DEFINE_string("judge", "", "openai:MODEL sends the stories to OPE
 def main() -> None:
     if bool(_CHECKPOINT.value) == bool(_STORIES.value):
         raise UserError("give either --checkpoint=RUN or --stories=FILE, one of them; see --help")
-    if _STORIES.value and _DATA.value:
-        raise UserError(f"--data={_DATA.value}: a loss needs a model; give --checkpoint instead of --stories")
+    of_a_model = [flag for flag in (_DATA, _STEP, _TEMPERATURE, _SEED) if flag.present]
+    if _STORIES.value and of_a_model:
+        raise UserError(
+            [
+                f"--{flag.name}={flag.value}: needs a model, and --stories has none; leave it out, or give --checkpoint"
+                for flag in of_a_model
+            ]
+        )
     _check_output(_JSON.value, _STORIES.value or _DATA.value)
     from tinystories_jax.evaluation.evaluate import Writing, evaluate_file, evaluate_run
     from tinystories_jax.evaluation.judge import read_judge

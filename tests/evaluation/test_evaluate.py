@@ -447,7 +447,10 @@ def test_real_stories_score_high_and_without_articles_low(tinystories_data, tmp_
     [
         ([], "either --checkpoint=RUN or --stories=FILE"),
         (["--checkpoint=x", "--stories=y"], "either --checkpoint=RUN or --stories=FILE"),
-        (["--stories=x.txt", "--data=y.txt"], "--data=y.txt: a loss needs a model"),
+        (["--stories=x.txt", "--data=y.txt"], "--data=y.txt: needs a model"),
+        (["--stories=x.txt", "--step=latest"], "--step=latest: needs a model"),
+        (["--stories=x.txt", "--temperature=0.8"], "--temperature=0.8: needs a model"),
+        (["--stories=x.txt", "--seed=0"], "--seed=0: needs a model"),
         (["--stories=none.txt"], "none.txt: matches no file"),
         (["--checkpoint=runs/none"], "runs/none: no run with checkpoints"),
         (["--checkpoint=x", "--num_stories=0"], "--num_stories=0"),
