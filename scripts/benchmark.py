@@ -1,7 +1,7 @@
 """Measures this machine with the real code: training, writing, the way of the data, the start of a run, and growth.
 
     python scripts/benchmark.py [train|decode|data|start|growth|all] [--config=configs/top10k.py]
-        [--config.SECTION.FIELD=VALUE ...] [--peer] [--rounds=3] [--json=FILE]
+        [--config.SECTION.FIELD=VALUE ...] [--peer] [--rounds=3] [--trace=FOLDER] [--json=FILE]
 
 MODE is all when left out. It needs no prepared data and changes no run; --peer sets PyTorch beside ours. On a CPU a
 micro-batch that would take too long is made smaller; the table gives its rows. docs/benchmarks.md explains each figure.
@@ -25,6 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _PEER = flags.DEFINE_bool("peer", False, "With train and decode: PyTorch and Hugging Face's Llama in turns with ours.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often sides take turns, and starts are repeated.", lower_bound=1)
+_TRACE = flags.DEFINE_string("trace", "", "With train: folder for a profile of one update, for XProf or Perfetto.")
 _JSON = flags.DEFINE_string("json", "", "File for all figures, written anew after each section.")
 
 
@@ -37,7 +38,10 @@ def main(mode: str = "all") -> None:
     from tinystories_jax.analysis.benchmark.run import run_benchmark
     from tinystories_jax.analysis.benchmark.table import format_section
 
-    for figures in run_benchmark(config, mode, rounds=_ROUNDS.value, peer=_PEER.value, log=log_to_stderr):
+    sections = run_benchmark(
+        config, mode, rounds=_ROUNDS.value, peer=_PEER.value, trace=_TRACE.value, log=log_to_stderr
+    )
+    for figures in sections:
         print(format_section(figures), flush=True)
         if output:
             output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

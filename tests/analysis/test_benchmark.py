@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import pytest
+from jax.profiler import ProfileData
 
 from tests.test_cli import error_line, run_script
 from tests.tiny import read_tiny_values
-from tinystories_jax.analysis.benchmark import data, growth, roofline, start, timing, train
+from tinystories_jax.analysis import timing
+from tinystories_jax.analysis.benchmark import data, growth, roofline, start, train
 from tinystories_jax.analysis.benchmark import run as benchmark_run
 from tinystories_jax.analysis.benchmark.child import call_as_script, peak_resident_bytes, run_in_child
 from tinystories_jax.analysis.benchmark.decode import measure_decode
@@ -21,8 +23,8 @@ from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, num_new_to
 from tinystories_jax.analysis.benchmark.roofline import DeviceRates, count_flash_attention_calls
 from tinystories_jax.analysis.benchmark.run import MODES, run_benchmark
 from tinystories_jax.analysis.benchmark.table import format_section
-from tinystories_jax.analysis.benchmark.timing import Spread, spread_of, take_samples, time_repeated
 from tinystories_jax.analysis.benchmark.train import TrainingRun, cheap_rows, find_flash_attention, measure_train
+from tinystories_jax.analysis.timing import Spread, spread_of, take_samples, time_repeated
 from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.errors import UserError
@@ -41,12 +43,12 @@ def tiny_config(**model: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def trained() -> dict[str, Any]:
+def trained(tmp_path_factory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PEAK_BF16_FLOPS, jax.devices()[0].device_kind, PEAK)
         patch.setattr(train, "measure_rates", lambda: RATES)
         patch.setattr(timing, "_SAMPLE_SECONDS", 1e-9)
-        return measure_train(tiny_config(), 3, 0.01)
+        return measure_train(tiny_config(), 3, 0.01, str(tmp_path_factory.mktemp("trace")))
 
 
 # ---- samples
@@ -108,6 +110,15 @@ def test_training_figures_follow_from_each_other(trained):
     assert trained["num_params"] == num_params(tiny_config().model)
     assert 0 < trained["data_wait_fraction"] < 1
     assert trained["compile_seconds"] > 0
+
+
+def test_one_update_is_profiled_on_request(trained, tmp_path_factory):
+    (folder,) = tmp_path_factory.getbasetemp().glob("trace*")
+    profile = ProfileData.from_file(str(next(folder.rglob("*.xplane.pb"))))
+    names = [event.name for plane in profile.planes for line in plane.lines for event in line.events]
+    assert sum("train_step" in name for name in names) >= 2  # micro-steps
+    with pytest.raises(UserError, match=r"--trace=x: 'decode' does not train"):
+        next(run_benchmark(tiny_config(), "decode", rounds=1, peer=False, trace="x", log=print))
 
 
 def test_mfu_is_flops_per_second_by_the_peak(trained):
@@ -175,6 +186,7 @@ def test_flops_that_xla_cannot_see_are_taken_from_the_formula():
 
 def test_the_device_is_measured(monkeypatch):
     monkeypatch.setattr(roofline, "_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 1e-3)
     for name, small in (("_COPY_BYTES", 2**20), ("_MATMUL_WIDTH", 64)):
         monkeypatch.setattr(roofline, name, small)
         monkeypatch.setattr(roofline, f"{name}_ON_CPU", small)
@@ -182,6 +194,20 @@ def test_the_device_is_measured(monkeypatch):
     assert set(rates.matmul_flops_per_second) == {"bfloat16", "float32"}
     for rate in (rates.copy_bytes_per_second, *rates.matmul_flops_per_second.values()):
         assert 1e5 < rate.min <= rate.median <= rate.max < 1e14
+
+
+def test_a_rate_is_of_calls_in_a_row_and_waits_for_the_device_once(monkeypatch):
+    waits, wait = [], jax.block_until_ready
+    monkeypatch.setattr(roofline, "_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 1.0)
+    monkeypatch.setattr(timing, "take_samples", lambda measure, **_: [measure()])
+    monkeypatch.setattr(roofline.time, "perf_counter", iter(float(second) for second in range(99)).__next__)
+    monkeypatch.setattr(jax, "block_until_ready", lambda array: wait(waits.append(int(array)) or array))
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 5.0)
+    found = roofline._time_chain(lambda array: array + 1, jax.numpy.int32(0))
+    # Warmed up by one call, sized by one, and then five in a row, which by this clock take a second together.
+    assert waits == [1, 2, 7]
+    assert found.median == pytest.approx(1 / 5)
 
 
 def test_flash_attention_is_found_in_compiled_text():

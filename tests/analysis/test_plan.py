@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import CONFIGS, make_tiny_config, read_tiny_values
-from tinystories_jax.analysis import measure
+from tinystories_jax.analysis import measure, timing
 from tinystories_jax.analysis.measure import Measurement, measure_training
 from tinystories_jax.analysis.plan import (
     ASSUMED_MFU,
@@ -250,7 +250,7 @@ def measure_tiny(log: list[str]) -> Measurement:
 @pytest.fixture
 def hurried(monkeypatch):
     monkeypatch.setattr(measure, "_TIMING_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "_SAMPLE_SECONDS", 1e-9)
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 1e-9)
     monkeypatch.setattr(measure, "_FIRST_STEP_FLOPS", 1.0)
     monkeypatch.setattr(measure, "_FIRST_STEP_FLOPS_ON_CPU", 1.0)
     return monkeypatch
@@ -260,6 +260,22 @@ def test_cheap_steps_grow_to_all_rows(hurried):
     lines: list[str] = []
     assert measure_tiny(lines).rows == 4
     assert lines[:2] == ["compiling a micro-step of 1 of 4 rows", "compiling a micro-step of 4 of 4 rows"]
+
+
+def test_the_first_run_of_a_program_says_nothing_of_a_step(hurried):
+    run, warm = measure._Trial.run, []
+
+    def run_slowly_at_first(trial, num_steps):
+        seconds = run(trial, num_steps)
+        if trial.rows in warm:
+            return seconds
+        warm.append(trial.rows)
+        return 1000.0
+
+    hurried.setattr(measure._Trial, "run", run_slowly_at_first)
+    found = measure_tiny([])
+    assert found.rows == 4
+    assert found.micro_step_seconds < 5
 
 
 def test_costly_steps_stay_small_and_are_scaled_by_tokens(hurried, measured, tmp_path):

@@ -21,8 +21,19 @@ def test_each_start_is_added_and_open_until_it_ends(tmp_path):
         closed, second = starts_of(tmp_path)
         assert closed["ended"] >= first["started"]
         assert "ended" not in second
-    assert {"started", "ended", "command", "device", "num_devices", "platform", "versions"} == set(second) | {"ended"}
+    fields = {"started", "ended", "command", "settings", "device", "num_devices", "platform", "versions"}
+    assert fields == set(second) | {"ended"}
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy"} < set(second["versions"])
+
+
+def test_what_changes_the_compiled_programs_is_kept_and_nothing_else_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=")
+    monkeypatch.setenv("SECRET_KEY", "secret")
+    with recorded_start(tmp_path):
+        pass
+    settings = starts_of(tmp_path)[0]["settings"]
+    assert settings["XLA_FLAGS"] == "--xla_dump_to="
+    assert all(name.startswith(("JAX_", "XLA_")) for name in settings)
 
 
 def test_a_start_that_fails_ends_too(tmp_path):

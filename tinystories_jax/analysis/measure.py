@@ -1,7 +1,5 @@
 """What the real `train_step` takes on this device: memory by XLA's own analysis, and time by the clock."""
 
-import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from tinystories_jax.analysis.timing import time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError, is_out_of_memory
@@ -27,9 +26,7 @@ from tinystories_jax.training.steps import TrainState, init_state
 _FIRST_STEP_FLOPS, _FIRST_STEP_FLOPS_ON_CPU = 3e13, 3e11
 _STEP_SECONDS = 2.0  # it grows while a step is expected to stay below this
 _CPU_MEMORY_BYTES = 4e9  # for a step on a CPU, which shares its memory with everything else
-# Steps are timed in rows of at least this, as training runs them, so that waiting for the device hardly counts.
-_SAMPLE_SECONDS = 0.2
-_TIMING_SECONDS, _MIN_SAMPLES, _MAX_SAMPLES = 10.0, 3, 10
+_TIMING_SECONDS, _MAX_SAMPLES = 10.0, 10
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Measurement:
     rows: int
     memory: StepMemory
     compile_seconds: float
-    num_steps: int
+    num_samples: int  # of one or several micro-steps each
     micro_step_seconds: float  # median
     tokens_per_second: float
     mfu: float | None  # None for a device whose peak is unknown
@@ -51,25 +48,21 @@ def measure_training(config: Config, tokens: np.ndarray, log: Callable[[str], No
     `tokens` are what blocks are cut from. Raises `UserError` when not even one row fits into the memory.
     """
     trial = _Trial(config, tokens)
-    samples: list[float] = []
     try:
         step_seconds = _choose_rows(trial, config, log)
         log(f"timing it: {step_seconds:.3g} s a step")
-        steps_per_sample = math.ceil(_SAMPLE_SECONDS / step_seconds)
-        while len(samples) < _MIN_SAMPLES or (len(samples) < _MAX_SAMPLES and sum(samples) < _TIMING_SECONDS):
-            samples.append(trial.run(steps_per_sample))
+        micro_step_seconds = time_repeated(trial.run, seconds=_TIMING_SECONDS, at_most=_MAX_SAMPLES)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise UserError("out of memory although it should fit: something else uses this device, too") from error
-    micro_step_seconds = statistics.median(samples) / steps_per_sample
-    speed = trial.rows * config.data.sequence_length / micro_step_seconds
+    speed = trial.rows * config.data.sequence_length / micro_step_seconds.median
     return Measurement(
         rows=trial.rows,
         memory=trial.memory,
         compile_seconds=trial.compile_seconds,
-        num_steps=len(samples) * steps_per_sample,
-        micro_step_seconds=micro_step_seconds,
+        num_samples=micro_step_seconds.num_samples,
+        micro_step_seconds=micro_step_seconds.median,
         tokens_per_second=speed,
         mfu=model_flops_utilization(speed, flops_per_token(config.model, config.data.sequence_length)),
     )
@@ -93,6 +86,7 @@ def _choose_rows(trial: "_Trial", config: Config, log: Callable[[str], None]) ->
             ceiling = rows - 1
             rows = max(1, min(ceiling, fitting))
             continue
+        trial.run(1)  # the first run of a program takes longer
         step_seconds = trial.run(1)
         cheap = min(ceiling, fitting, int(rows * _STEP_SECONDS / step_seconds))
         # Another compilation must be worth its time.

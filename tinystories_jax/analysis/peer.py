@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
 from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, made_up_tokens, num_new_tokens
-from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples, time_repeated
+from tinystories_jax.analysis.timing import spread_of, take_samples, time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError

@@ -280,7 +280,8 @@ def _choose_mfu(asked: float | None, measurement: Measurement | None) -> tuple[f
         return asked, "given by --mfu"
     if measurement is not None and measurement.mfu is not None:
         return measurement.mfu, "measured on this device; that others reach it is an assumption"
-    return ASSUMED_MFU, "an assumption: the main recipe's on an H200, small models reach less; --mfu=SHARE sets another"
+    assumed = "an assumption: the main recipe's on an H200, small models and float32 reach less"
+    return ASSUMED_MFU, f"{assumed}; --mfu=SHARE sets another"
 
 
 def scale_memory(measurement: Measurement, batch_size: int) -> int:

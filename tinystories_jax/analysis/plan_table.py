@@ -79,7 +79,7 @@ def _measured_rows(plan: Plan) -> list[_Row]:
         "of them new": memory.outputs_bytes - memory.aliased_bytes,
     }
     split = ", ".join(f"{' '.join(_si(size, 'B'))} {name}" for name, size in parts.items())
-    whole, timed = "all rows of a micro-batch", f"median of {found.num_steps:,} steps"
+    whole, timed = "all rows of a micro-batch", f"median of {found.num_samples:,} samples"
     if found.rows < all_rows:
         whole = f"{' '.join(_si(plan.micro_batch_memory_bytes, 'B'))} for {all_rows:,} rows, in proportion"
         timed += f"; scaled by tokens to {all_rows:,} rows"

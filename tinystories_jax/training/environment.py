@@ -3,24 +3,26 @@
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import xxhash
 
-import tinystories_jax
 from tinystories_jax.data.folders import read_small_file
 from tinystories_jax.training.run_folder import MAX_JSON_BYTES, set_aside, warn, write_atomically
+from tinystories_jax.versions import find_versions
 
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+# Of those that change what XLA makes of a program.
+_SETTINGS = ("JAX_", "XLA_", "NVIDIA_TF32_OVERRIDE")
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,7 @@ def describe_environment() -> Environment:
         device=devices[0].device_kind,
         num_devices=len(devices),
         platform=platform.platform(),
-        versions={
-            "tinystories_jax": tinystories_jax.__version__,
-            "python": platform.python_version(),
-            **{library: version(library) for library in _LIBRARIES},
-        },
+        versions=find_versions(_PACKAGES),
     )
 
 
@@ -65,7 +63,13 @@ def recorded_start(workdir: Path, *, resumed: bool = False) -> Iterator[None]:
     """
     path = workdir / "environment.json"
     command = shlex.join(["python", *sys.argv])
-    start: dict[str, Any] = {"started": _now(), "command": command, **dataclasses.asdict(describe_environment())}
+    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)}
+    start: dict[str, Any] = {
+        "started": _now(),
+        "command": command,
+        "settings": settings,
+        **dataclasses.asdict(describe_environment()),
+    }
     starts = [*_earlier_starts(path, resumed), start]
     _write(path, starts)
     try:

@@ -71,12 +71,16 @@ def make_train_step(config: Config, optimizer: optax.MultiSteps, *, for_many_upd
     assert config.schedule is not None
     schedule = optim.learning_rate_schedule(config.optim, config.schedule)
     step = functools.partial(train_step, config=config, optimizer=optimizer, schedule=schedule)
-    options = None
-    on_x86 = jax.default_backend() == "cpu" and platform.machine() == "x86_64"
-    if for_many_updates and on_x86 and config.model.dtype == "float32":
-        options = _X86_OPTIONS
-        warnings.filterwarnings("ignore", _NOT_KEPT)
+    options = step_compiler_options(config.model.dtype) if for_many_updates else None
     return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+def step_compiler_options(dtype: str) -> dict[str, Any] | None:
+    """Returns how XLA compiles a step that trains in `dtype` on this device for many updates; None for its defaults."""
+    if dtype != "float32" or jax.default_backend() != "cpu" or platform.machine() != "x86_64":
+        return None
+    warnings.filterwarnings("ignore", _NOT_KEPT)
+    return _X86_OPTIONS
 
 
 def train_step(

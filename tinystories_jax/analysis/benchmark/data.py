@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes, run_in_child
-from tinystories_jax.analysis.benchmark.timing import spread_of
+from tinystories_jax.analysis.timing import spread_of
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import (
     MANIFEST_FILE,

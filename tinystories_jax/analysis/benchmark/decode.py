@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, num_new_tokens
-from tinystories_jax.analysis.benchmark.timing import spread_of, take_samples
+from tinystories_jax.analysis.timing import spread_of, take_samples
 from tinystories_jax.config import Config
 from tinystories_jax.model.generate import Sampling, decode_form, generate_chunks
 from tinystories_jax.model.transformer import Params, init_params

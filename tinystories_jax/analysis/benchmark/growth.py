@@ -8,8 +8,8 @@ from typing import Any
 
 from tinystories_jax.analysis.benchmark.decode import time_positions
 from tinystories_jax.analysis.benchmark.inputs import with_made_up_data, with_rows
-from tinystories_jax.analysis.benchmark.timing import spread_of
 from tinystories_jax.analysis.benchmark.train import TrainingRun
+from tinystories_jax.analysis.timing import spread_of
 from tinystories_jax.config import Config
 from tinystories_jax.training.metrics import flops_per_token
 

@@ -9,8 +9,8 @@ from typing import Any
 from tinystories_jax.analysis.benchmark.child import Environment, call_as_script, run_in_child
 from tinystories_jax.analysis.benchmark.decode import time_decoding
 from tinystories_jax.analysis.benchmark.reference import write_reference
-from tinystories_jax.analysis.benchmark.timing import spread_of
 from tinystories_jax.analysis.benchmark.train import time_training
+from tinystories_jax.analysis.timing import spread_of
 from tinystories_jax.config import Config
 from tinystories_jax.errors import UserError
 

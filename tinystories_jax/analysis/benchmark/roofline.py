@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tinystories_jax.analysis.benchmark.timing import Spread, spread_of, take_samples
+from tinystories_jax.analysis.timing import Spread, time_repeated
 from tinystories_jax.model.products import rounded_einsum
+from tinystories_jax.training.steps import step_compiler_options
 
 # Large enough to leave every cache, and to fill the device.
 _COPY_BYTES, _COPY_BYTES_ON_CPU = 2**32, 2**29
@@ -79,29 +80,28 @@ def count_flash_attention_calls(compiled_text: str) -> int:
 
 
 def _measure_copy(num_bytes: int) -> Spread:
+    # In place: fresh pages would be a matter of the allocator and not of the memory.
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    array = jnp.zeros(num_bytes // 4, jnp.float32)
-
-    def copy() -> None:
-        nonlocal array
-        # In place: fresh pages would be a matter of the allocator and not of the memory.
-        array = jax.block_until_ready(add(array))
-
-    return _time(copy).rate(2 * num_bytes)
+    return _time_chain(add, jnp.zeros(num_bytes // 4, jnp.float32)).rate(2 * num_bytes)
 
 
 def _measure_matmul(width: int, dtype: str) -> Spread:
-    matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype))
-    multiply = jax.jit(functools.partial(rounded_einsum, "NK,KM->NM"))
-    return _time(lambda: jax.block_until_ready(multiply(matrix, matrix))).rate(2 * width**3)
+    # Scaled so that a product has entries of the size of its factors', however many follow each other.
+    matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype)) * width**-0.5
+    multiply = jax.jit(functools.partial(rounded_einsum, "NK,KM->NM"), compiler_options=step_compiler_options(dtype))
+    return _time_chain(lambda product: multiply(product, matrix), matrix).rate(2 * width**3)
 
 
-def _time(call: Callable[[], object]) -> Spread:
-    call()
+def _time_chain(call: Callable[[jax.Array], jax.Array], array: jax.Array) -> Spread:
+    """Returns the seconds of one of many calls in a row, each of which takes what the one before has returned."""
 
-    def measure() -> float:
+    def run(repetitions: int) -> float:
+        nonlocal array
         began = time.perf_counter()
-        call()
+        for _ in range(repetitions):
+            array = call(array)
+        jax.block_until_ready(array)
         return time.perf_counter() - began
 
-    return spread_of(take_samples(measure, seconds=_SECONDS, at_least=5, at_most=50))
+    run(1)
+    return time_repeated(run, seconds=_SECONDS, at_least=5)

@@ -9,12 +9,10 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 
-import tinystories_jax
 from tinystories_jax.analysis.benchmark.child import Environment, call_as_script, run_in_child
 from tinystories_jax.analysis.benchmark.data import measure_data
 from tinystories_jax.analysis.benchmark.decode import measure_decode
@@ -26,6 +24,7 @@ from tinystories_jax.analysis.benchmark.train import cheap_rows, measure_train
 from tinystories_jax.config import Config, to_dict
 from tinystories_jax.errors import UserError
 from tinystories_jax.processor import describe_processor
+from tinystories_jax.versions import find_versions
 
 MODES = ("train", "decode", "data", "start", "growth")
 _WITH_PEER = ("train", "decode")
@@ -35,19 +34,22 @@ _TRAIN_SECONDS, _DECODE_SECONDS, _ROUND_SECONDS = 20.0, 10.0, 10.0
 _DECODE_ROWS, _DECODE_ROWS_ON_CPU = (1, 32, 64, 256), (1, 32)
 # What is compiled is compiled here and now, not found among the programs of an earlier run.
 _COMPILING: Environment = {"JAX_COMPILATION_CACHE_DIR": None}
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "tokenizers", "numpy", "torch", "transformers")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "tokenizers", "numpy", "torch", "transformers")
 _SETTINGS = ("JAX_", "XLA_", "MALLOC_", "OMP_", "MKL_", "TOKENIZERS_", "RAYON_", "CUDA_", "TORCH", "LD_PRELOAD")
 
 
 def run_benchmark(
-    config: Config, mode: str, *, rounds: int, peer: bool, log: Callable[[str], None]
+    config: Config, mode: str, *, rounds: int, peer: bool, log: Callable[[str], None], trace: str = ""
 ) -> Iterator[dict[str, Any]]:
     """Yields the figures, first the machine's alone, then with one section more each time; all of it can be JSON.
 
-    `mode` is one of MODES or "all"; `config` needs no data. Raises `UserError` before anything is measured for a mode
-    that there is not, for a context too short to write into, and for a peer that is not installed.
+    `mode` is one of MODES or "all"; `config` needs no data; `trace` is a folder for a profile of training, or empty.
+    Raises `UserError` before anything is measured for a mode that there is not, for a context too short to write into,
+    and for a peer that is not installed.
     """
     modes = _choose_modes(mode, peer)
+    if trace and "train" not in modes:
+        raise UserError(f"--trace={trace}: {mode!r} does not train; it goes with train and all")
     if peer:
         require_peer(config)
     if not {"decode", "growth"}.isdisjoint(modes):
@@ -59,7 +61,7 @@ def run_benchmark(
     yield figures
     for name in modes:
         log(f"measuring {name}")
-        figures[name] = _measure(name, config, device, rounds, log)
+        figures[name] = _measure(name, config, device, rounds, trace, log)
         yield figures
         if peer and name in _WITH_PEER:
             figures[f"{name}_peer"] = _compare(name, shapes, device, rounds, log)
@@ -74,14 +76,16 @@ def _choose_modes(mode: str, peer: bool) -> tuple[str, ...]:
     return MODES if mode == "all" else (mode,)
 
 
-def _measure(name: str, config: Config, device: dict[str, Any], rounds: int, log: Callable[[str], None]) -> Any:
+def _measure(
+    name: str, config: Config, device: dict[str, Any], rounds: int, trace: str, log: Callable[[str], None]
+) -> Any:
     shapes, rows, quick_rows = with_made_up_data(config), device["rows"], device["quick_rows"]
 
     def measure(*call: Any) -> Any:
         return run_in_child(call_as_script, *call, environment=_COMPILING)
 
     if name == "train":
-        return measure(measure_train, shapes, rows, _TRAIN_SECONDS)
+        return measure(measure_train, shapes, rows, _TRAIN_SECONDS, trace)
     if name == "decode":
         batch_sizes = _DECODE_ROWS_ON_CPU if device["platform"] == "cpu" else _DECODE_ROWS
         return measure(measure_decode, shapes, batch_sizes, _DECODE_SECONDS)
@@ -121,16 +125,5 @@ def _describe_machine() -> dict[str, Any]:
         "cpu_cores": usable,
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "load_before": os.getloadavg()[0],
-        "versions": {
-            "tinystories_jax": tinystories_jax.__version__,
-            "python": platform.python_version(),
-            **{library: found for library in _LIBRARIES if (found := _version(library))},
-        },
+        "versions": find_versions(_PACKAGES),
     }
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None

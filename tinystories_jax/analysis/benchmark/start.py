@@ -13,7 +13,7 @@ from typing import Any
 
 import tinystories_jax
 from tinystories_jax.analysis.benchmark.inputs import with_rows
-from tinystories_jax.analysis.benchmark.timing import spread_of
+from tinystories_jax.analysis.timing import spread_of
 from tinystories_jax.config import Config, to_dict
 from tinystories_jax.data.prepare import find_data, prepare_data
 from tinystories_jax.errors import UserError

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
 from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, with_rows
 from tinystories_jax.analysis.benchmark.roofline import count_flash_attention_calls, measure_rates, roofline
-from tinystories_jax.analysis.benchmark.timing import time_repeated
+from tinystories_jax.analysis.timing import time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError, is_out_of_memory
@@ -75,8 +75,11 @@ class TrainingRun:
         return on_device
 
 
-def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
-    """Returns the figures of training in micro-batches of `rows` rows, updates sampled for about `seconds`."""
+def measure_train(config: Config, rows: int, seconds: float, trace: str = "") -> dict[str, Any]:
+    """Returns the figures of training in micro-batches of `rows` rows, updates sampled for about `seconds`.
+
+    One more update is profiled by JAX, if `trace` names a folder for that.
+    """
     config = with_rows(config, rows)
     try:
         run = TrainingRun(config)
@@ -90,6 +93,10 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
     # Before the rates are measured, which take memory of their own.
     peak_memory = _peak_memory(run.compiled)
     rates = measure_rates()
+    data_wait_fraction = run.data_wait_fraction()
+    if trace:
+        with jax.profiler.trace(trace):
+            run.run(1)
     length, device = config.data.sequence_length, jax.devices()[0]
     token_flops = flops_per_token(config.model, length)
     micro_step_seconds = update_seconds.scaled(1 / config.train.grad_accum_steps)
@@ -108,7 +115,7 @@ def measure_train(config: Config, rows: int, seconds: float) -> dict[str, Any]:
         "flops_per_token": token_flops,
         "flops_formula": describe_flops(config),
         "mfu": model_flops_utilization(tokens_per_second.median, token_flops),
-        "data_wait_fraction": run.data_wait_fraction(),
+        "data_wait_fraction": data_wait_fraction,
         "peak_memory": peak_memory,
         "flash_attention": flash_attention,
         "copy_bytes_per_second": rates.copy_bytes_per_second._asdict(),
