@@ -425,10 +425,10 @@ def test_under_nohup_a_hangup_ends_nothing(tmp_path):
     lines = [
         "import signal",
         "from tinystories_jax import cli",
-        "from tinystories_jax.training.loop import _StopSignals",
+        "from tinystories_jax.signals import StopSignals",
         "def main():",
         "    signal.raise_signal(signal.SIGHUP)",
-        "    with _StopSignals() as stop:",
+        "    with StopSignals() as stop:",
         "        signal.raise_signal(signal.SIGHUP)",
         "    print('went on,', stop.signal)",
         "cli.run(main)",

@@ -9,16 +9,19 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+import pytest
 
 from tests.tiny import read_tiny_values
 from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.data.prepare import PreparedData, prepare_data
+from tinystories_jax.training import loop
 from tinystories_jax.training.checkpoint import Checkpoints
 from tinystories_jax.training.environment import recorded_start
 from tinystories_jax.training.loop import TrainResult, _Logs, _meta, _start_or_resume, train
 from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.steps import TrainState, init_state
+from tinystories_jax.training.steps import TrainState, TrainStep, make_train_step, step_compiler_options
 
 LATEST, BEFORE = 6, 4  # the updates of the two checkpoints of `finished_run`
 TIMES = ("seconds", "train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
@@ -26,12 +29,24 @@ TIMES = ("seconds", "train/tokens_per_second", "train/mfu", "train/data_wait_fra
 
 @contextmanager
 def shared_programs(folder: Path) -> Iterator[None]:
-    """Lets every start of a run reuse what an earlier one has compiled, as processes share it on disk."""
+    """Lets every start of a run reuse what an earlier one has compiled, as processes share it on disk; the step in
+    float32 as well, which they compile anew on an x86 processor (tests/faults/test_kill.py)."""
+    steps = {}
+
+    def make_once(config: Config, optimizer: optax.MultiSteps, **flags: bool) -> TrainStep:
+        step_compiler_options(config.model.dtype)  # pytest forgets which warnings are not to be seen
+        key = config, tuple(flags.items())
+        if key not in steps:
+            steps[key] = make_train_step(config, optimizer, **flags)
+        return steps[key]
+
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
     for name, value in zip(names, (str(folder), 0.0), strict=True):
         jax.config.update(name, value)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", make_once)
+        yield
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
 
@@ -85,11 +100,10 @@ def state_of(config: Config, workdir: Path, update: int | None = None) -> list[n
     data = prepare_data(config)
     config = with_schedule(config, data)
     with Checkpoints(workdir, config) as checkpoints:
-        fresh = init_state(config, make_optimizer(config))
         if update is None:
             update = checkpoints.latest()
             assert update is not None
-        return arrays_of(checkpoints.restore(update, fresh, _meta(config, data))[0])
+        return arrays_of(checkpoints.restore(update, _meta(config, data))[0])
 
 
 def are_equal(some: list[np.ndarray], others: list[np.ndarray]) -> bool:
@@ -104,14 +118,13 @@ class Run:
     workdir: Path
     config: Config
     data: PreparedData
-    fresh: TrainState
     states: dict[int, list[np.ndarray]]
 
     def start(self, workdir: Path) -> tuple[int, TrainState]:
         """Goes on with the copy in `workdir` as training does, up to its next update, which it does not make."""
         with Checkpoints(workdir, self.config) as checkpoints:
             now = _meta(self.config, self.data)
-            state, meta = _start_or_resume(checkpoints, self.fresh, now, workdir)
+            state, meta = _start_or_resume(checkpoints, make_optimizer(self.config), now, workdir)
             with _Logs(workdir, meta, tensorboard=False), recorded_start(workdir, resumed=True):
                 return meta.update, state
 
@@ -125,4 +138,4 @@ def finished_run(folder: Path) -> Iterator[Run]:
         states = {update: state_of(small, folder / "run", update) for update in (BEFORE, LATEST)}
         data = prepare_data(small)
         config = with_schedule(small, data)
-        yield Run(folder / "run", config, data, init_state(config, make_optimizer(config)), states)
+        yield Run(folder / "run", config, data, states)

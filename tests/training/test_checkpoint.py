@@ -51,7 +51,7 @@ def save_run(
     now, evaluations = meta_at(0, config, tokenizer), []
     block = np.random.RandomState(0).randint(0, 280, (4, 17)).astype(np.int32)
     with Checkpoints(workdir, config) as checkpoints:
-        if resumed := checkpoints.restore_latest(state, now):
+        if resumed := checkpoints.restore_latest(now):
             state, evaluations = resumed[0], list(resumed[1].history.evaluations)
         for update, loss in losses.items():
             for _ in range(config.train.grad_accum_steps):
@@ -80,7 +80,7 @@ def test_the_whole_state_comes_back_bit_for_bit(tmp_path, config, tokenizer):
         assert checkpoints.latest() == 2
         fresh = init_state(config, make_optimizer(config))
         for update in (1, 2):
-            state, meta = checkpoints.restore(update, fresh, meta_at(0, config, tokenizer))
+            state, meta = checkpoints.restore(update, meta_at(0, config, tokenizer))
             assert_trees_equal(saved[update], state)
             assert jax.tree.structure(state) == jax.tree.structure(fresh)
             history = History((), (5.0, 4.0), 1.5 * update)

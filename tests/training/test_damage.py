@@ -30,6 +30,8 @@ from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
 from tinystories_jax.training.checkpoint import Checkpoints, restore_params
 from tinystories_jax.training.environment import describe_environment
+from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.steps import init_state
 
 FLIPS = 3  # positions of each file at which one bit is flipped
 
@@ -332,7 +334,8 @@ def test_a_checkpoint_without_checksums_is_of_an_older_version(run, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_restored(run, tmp_path, monkeypatch):
-    state = run.fresh._replace(params=jax.tree.map(lambda leaf: leaf.at[0].set(np.nan), run.fresh.params))
+    fresh = init_state(run.config, make_optimizer(run.config))
+    state = fresh._replace(params=jax.tree.map(lambda leaf: leaf.at[0].set(np.nan), fresh.params))
     now = loop._meta(run.config, run.data)
     with Checkpoints(tmp_path, run.config) as checkpoints:
         with pytest.raises(UserError, match=r"update 1: nothing is saved: .* not finite"):

@@ -236,6 +236,30 @@ def test_the_advice_for_out_of_memory_can_be_followed_in_the_same_workdir(config
     assert train_on(change_section(config, "train", batch_size=2, grad_accum_steps=4), tmp_path).update == 6
 
 
+def test_a_run_that_goes_on_makes_no_second_state(config, tmp_path, monkeypatch):
+    load_block = loop._load_block
+
+    def load_and_be_stopped(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return load_block(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_load_block", load_and_be_stopped)
+        assert train_on(config, tmp_path).update == 1
+    # A fresh one, beside the one that is restored, would be memory that the run had not needed before.
+    monkeypatch.setattr(loop, "init_state", None)
+    assert train_on(config, tmp_path).update == 6
+
+
+def test_devices_that_are_not_used_are_told_of(config, tmp_path, monkeypatch, capfd):
+    (device,) = jax.devices()
+    train_on(config, tmp_path / "alone")
+    assert "device    cpu, attention" in capfd.readouterr().err
+    monkeypatch.setattr(jax, "devices", lambda: [device, device])
+    train_on(config, tmp_path / "beside")
+    assert "device    cpu (one of 2; the others stay idle," in capfd.readouterr().err
+
+
 def test_a_signal_before_the_first_update_saves_nothing_and_says_so(config, tmp_path, monkeypatch):
     start = loop._start_or_resume
 
@@ -274,8 +298,8 @@ def test_without_its_config_json_a_run_is_still_not_continued_with_other_values(
 def test_a_second_interrupt_exits_at_once_and_the_first_does_not(first):
     lines = [
         "import signal",
-        "from tinystories_jax.training.loop import _StopSignals",
-        "with _StopSignals() as stop:",
+        "from tinystories_jax.signals import StopSignals",
+        "with StopSignals() as stop:",
         f"    signal.raise_signal(signal.{first})",
         "    print(signal.Signals(stop.signal).name, flush=True)",
         "    signal.raise_signal(signal.SIGINT)",

@@ -14,7 +14,7 @@ import shutil
 import stat
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,8 @@ class Checkpoints:
         """Returns the update of the best validation loss among the kept checkpoints, None when none was evaluated."""
         return best_of(self._kept.evaluations, self._manager.all_steps())
 
-    def restore_latest(self, like: TrainState, now: Meta) -> tuple[TrainState, Meta] | None:
-        """Returns the newest sound state, laid out as `like`, and what stands beside it; None without a checkpoint.
+    def restore_latest(self, now: Meta) -> tuple[TrainState, Meta] | None:
+        """Returns the newest sound state and what stands beside it; None without a checkpoint.
 
         Damaged checkpoints are set aside with a warning. Raises `UserError` where all are, or where `now`, the meta of
         the run as it was started this time, would not continue them.
@@ -143,7 +143,7 @@ class Checkpoints:
         damaged: dict[int, DamagedCheckpointError] = {}
         for update in sorted(finished_updates(self.folder), reverse=True):
             try:
-                state, meta = self.restore(update, like, now)
+                state, meta = self.restore(update, now)
             except DamagedCheckpointError as error:
                 damaged[update] = error
                 continue
@@ -162,11 +162,13 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, update: int, like: TrainState, now: Meta) -> tuple[TrainState, Meta]:
-        """Returns the state saved at `update`, which `now` continues, laid out as `like`."""
+    def restore(self, update: int, now: Meta) -> tuple[TrainState, Meta]:
+        """Returns the state saved at `update`, which `now` continues."""
         folder = self.folder / str(update)
         meta, leaves = _open(folder)
         require_same_run(meta, now, self._workdir)
+        # Of shapes: a second state beside the one that comes back would be memory that training needs.
+        like = _shapes_on_device(lambda: init_state(now.config, make_optimizer(now.config)))
         params = _restore_part(folder, "params", leaves, like.params)
         training = _restore_part(folder, "training", leaves, _training_part(like))
         return TrainState(training["micro_step"], params, training["opt_state"]), meta
@@ -215,7 +217,7 @@ class _Kept(checkpoint_managers.PreservationPolicy):
 
 def checkpoint_bytes(config: Config) -> int:
     """Returns the size of one checkpoint, from the shapes alone: parameters, the optimizer's moments (two of AdamW, one
-    of Muon) and the sum of gradients, all float32."""
+    of Muon) and, where several micro-steps are an update, the sum of gradients, all float32."""
     state = jax.eval_shape(lambda: init_state(config, make_optimizer(config)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
@@ -263,9 +265,7 @@ def restore_params(run: Path, step: str = "best") -> tuple[Params, Meta]:
         chosen = _choose(folder, updates, step)
         where = folder / str(chosen)
         meta, leaves = _open(where)
-        shapes = jax.eval_shape(lambda: init_params(meta.config.model, jax.random.key(0)))
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+        like = _shapes_on_device(lambda: init_params(meta.config.model, jax.random.key(0)))
         return _restore_part(where, "params", leaves, like), meta
     except DamagedCheckpointError as error:
         others = " or ".join(f"--step={update}" for update in updates if update != chosen)
@@ -316,6 +316,14 @@ def _require_plain_files(folder: Path, max_bytes: float = float("inf")) -> None:
             raise DamagedCheckpointError(f"{path}: is neither a file nor a folder")
         if status.st_size > max_bytes:
             raise DamagedCheckpointError(f"{path}: has {status.st_size:,} bytes, more than its arrays take")
+
+
+def _shapes_on_device(make: Callable[[], Any]) -> Any:
+    """Returns the shapes of what `make` returns, to be restored to the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), jax.eval_shape(make)
+    )
 
 
 def _training_part(state: TrainState) -> dict[str, Any]:

@@ -6,22 +6,19 @@ Everything that it leaves behind stands in the workdir, so that rerunning the sa
 import contextlib
 import dataclasses
 import math
-import os
 import shlex
 import signal
-import statistics
 import sys
 import textwrap
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from tinystories_jax.config import Config, with_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
@@ -35,20 +32,19 @@ from tinystories_jax.evaluation.validation import article_mask, validate
 from tinystories_jax.model.attention import uses_flash_attention
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params, num_params
-from tinystories_jax.signals import obeyed_signals
-from tinystories_jax.streams import let_go_of_lost_streams
+from tinystories_jax.signals import StopSignals
 from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.jsonl import JsonLines
 from tinystories_jax.training.memory import fitting_micro_batch
 from tinystories_jax.training.meta import History, Meta, NotFiniteError
-from tinystories_jax.training.metrics import MetricsLog, ProgressLine, flops_per_token, model_flops_utilization
+from tinystories_jax.training.meter import Meter
+from tinystories_jax.training.metrics import MetricsLog, ProgressLine
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.run_folder import warn_of_damage, write_run
 from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
 
 _STORIES_PER_PROMPT = 4  # at each evaluation: enough to see articles appear, little enough to hold nothing up
-_SPIKE_WINDOW = 100  # updates whose median a loss spike stands out from
 _NON_FINITE_ADVICE = (
     "In a new --workdir try a lower --config.optim.learning_rate, a longer --config.optim.warmup_updates, "
     "or --config.model.dtype=float32"
@@ -107,9 +103,8 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
     train_step = make_train_step(config, optimizer, for_many_updates=True)
     micro_steps = config.train.grad_accum_steps
 
-    with _StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
-        fresh = init_state(config, optimizer)
-        state, meta = _start_or_resume(checkpoints, fresh, _meta(config, data), workdir)
+    with StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
+        state, meta = _start_or_resume(checkpoints, optimizer, _meta(config, data), workdir)
         update = resumed_at = meta.update
         with (
             _Logs(workdir, meta, tensorboard=update < schedule.total_updates) as logs,
@@ -117,7 +112,7 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
         ):
             if update < schedule.total_updates and not _out_of_patience(config, logs.metrics):
                 record.enter_context(recorded_start(workdir, resumed=update > 0))
-            meter = _Meter(config, update, meta.history)
+            meter = Meter(config, update, meta.history)
             while update < schedule.total_updates and not stop.signal and not _out_of_patience(config, logs.metrics):
                 for micro_step in range(update * micro_steps, (update + 1) * micro_steps):
                     block = meter.wait_for(_load_block, data, config, micro_step)
@@ -189,7 +184,7 @@ class _Logs:
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
-    def add_to(self, meta: Meta, update: int, meter: "_Meter") -> Meta:
+    def add_to(self, meta: Meta, update: int, meter: Meter) -> Meta:
         """Returns the meta of the checkpoint of `update`."""
         history = History(tuple(self.metrics.evaluations.values()), tuple(meter.recent_losses), meter.run_seconds())
         states = {"metrics.jsonl": self.metrics.state, "samples.jsonl": self.samples.state}
@@ -215,7 +210,7 @@ def _announce(config: Config, workdir: Path) -> None:
     checkpoint_megabytes = checkpoint_bytes(config) / 1e6
     lines = [
         f"run       {workdir}",
-        f"device    {device.device_kind}, attention: {attention}",
+        f"device    {device.device_kind}{_one_of(len(jax.devices()))}, attention: {attention}",
         f"model     {num_params(config.model):,} parameters, {config.model.vocab_size:,} tokens, {config.model.dtype}",
         f"schedule  {schedule.total_updates:,} updates of {tokens_per_update:,} tokens, "
         f"{schedule.epoch_at(schedule.total_updates):.2f} epochs, warm-up {schedule.warmup_updates:,} updates",
@@ -228,15 +223,23 @@ def _announce(config: Config, workdir: Path) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
-def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, now: Meta, workdir: Path) -> tuple[TrainState, Meta]:
+def _one_of(num_devices: int) -> str:
+    if num_devices == 1:
+        return ""
+    return f" (one of {num_devices}; the others stay idle, and CUDA_VISIBLE_DEVICES leaves their memory to others)"
+
+
+def _start_or_resume(
+    checkpoints: Checkpoints, optimizer: optax.MultiSteps, now: Meta, workdir: Path
+) -> tuple[TrainState, Meta]:
     """Returns the state to go on from, and `now` with what its checkpoint knows; writes what the run is made from."""
-    restored = checkpoints.restore_latest(fresh, now)
+    restored = checkpoints.restore_latest(now)
     if restored is not None:
         state, saved = restored
         warn_of_damage(workdir, saved.config, saved.tokenizer)
     write_run(workdir, now.config, now.tokenizer)
     if restored is None:
-        return fresh, now
+        return init_state(now.config, optimizer), now
     assert now.config.schedule is not None
     finished = saved.update >= now.config.schedule.total_updates
     print(f"resumed   after update {saved.update:,}{', nothing left to do' * finished}", file=sys.stderr)
@@ -244,7 +247,7 @@ def _start_or_resume(checkpoints: Checkpoints, fresh: TrainState, now: Meta, wor
 
 
 def _look(
-    meter: "_Meter", logs: _Logs, checkpoints: Checkpoints, under_way: StepMetrics | None = None
+    meter: Meter, logs: _Logs, checkpoints: Checkpoints, under_way: StepMetrics | None = None
 ) -> list[dict[str, Any]]:
     """Waits for the device, though not for the micro-step `under_way`; returns the rows not written yet, and raises
     what went wrong since the last look."""
@@ -339,146 +342,6 @@ def _out_of_patience(config: Config, log: MetricsLog) -> bool:
     patience = config.eval.early_stopping_patience
     losses = [evaluation.loss for evaluation in log.evaluations.values()]
     return bool(patience and losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
-
-
-class _Meter:
-    """Collects the metrics of micro-steps on the device, and reads them with the clock when they are due.
-
-    Evaluations, checkpoints and the first update of a process, which compiles, are not part of tokens per second: those
-    of the micro-steps that the device has finished between two looks at the clock. While updates follow each other, one
-    more than those looked at has begun; a CPU has finished it by then, since JAX runs it while it is asked for. The
-    share of time waiting for data is the host's time in `batch_at` and in starting the transfer: since the device has
-    work queued meanwhile, it is what the device can have waited at most.
-    """
-
-    def __init__(self, config: Config, update: int, history: History):
-        assert config.schedule is not None
-        self._run_began = time.perf_counter() - history.seconds
-        self.recent_losses = deque(history.recent_losses, maxlen=_SPIKE_WINDOW)
-        self._config, self._schedule = config, config.schedule
-        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
-        self._pending: list[StepMetrics] = []
-        self._first_update, self._update = update + 1, update
-        self._speed = 0.0  # tokens per second
-        self.restart()
-
-    def restart(self, *, num_ahead: int = 0) -> None:
-        """Begins to measure speed; of micro-steps not looked at yet, `num_ahead` are finished."""
-        self._began, self._waited, self._num_ahead = time.perf_counter(), 0.0, num_ahead
-
-    def wait_for(self, load, *arguments) -> jax.Array:
-        """Returns `load(*arguments)`, counting its time as waiting for data."""
-        began = time.perf_counter()
-        block = load(*arguments)
-        self._waited += time.perf_counter() - began
-        return block
-
-    def run_seconds(self) -> float:
-        """Returns the run's wall time since its data was ready, of all processes, with compiling and evaluations."""
-        return time.perf_counter() - self._run_began
-
-    def add(self, metrics: StepMetrics) -> None:
-        self._pending.append(metrics)
-
-    def is_due(self) -> bool:
-        """Says whether the updates that are complete end with one that is looked at."""
-        new, begun = divmod(len(self._pending), self._config.train.grad_accum_steps)
-        update = self._update + new
-        return new > 0 and not begun and (update == self._first_update or update % self._config.logging.every == 0)
-
-    def read(self, under_way: StepMetrics | None = None) -> tuple[list[dict[str, Any]], str | None]:
-        """Waits for what was added; returns one row per update since the last call, times on the newest one.
-
-        `under_way` is a micro-step that has begun and is added later. `seconds` are those of `run_seconds`. The rows
-        end before an update that is not finite, which the second value then describes.
-        """
-        per_update = self._config.train.grad_accum_steps
-        values = np.array(jax.device_get(self._pending), np.float64).reshape(-1, per_update, 3)
-        num_ahead = int(under_way is not None and under_way.loss.is_ready())  # type: ignore[attr-defined]
-        num_finished = len(self._pending) - self._num_ahead + num_ahead
-        self._pending = []
-        seconds = time.perf_counter() - self._began
-        rows = []
-        tokens_per_update = self._schedule.blocks_per_update * self._config.data.sequence_length
-        for micro_steps in values:
-            if not np.isfinite(micro_steps).all():
-                what = "loss" if not np.isfinite(micro_steps[:, 0]).all() else "gradient"
-                return rows, f"update {self._update + 1}: the {what} is not finite"
-            self._update += 1
-            row: dict[str, Any] = {
-                "update": self._update,
-                "epoch": self._schedule.epoch_at(self._update),
-                "tokens": self._update * tokens_per_update,
-                "train/loss": float(micro_steps[:, 0].mean()),
-                "train/grad_norm": float(micro_steps[-1, 1]),
-                "train/learning_rate": float(micro_steps[-1, 2]),
-            }
-            if self._is_spike(row["train/loss"]):
-                row["train/loss_spike"] = True
-            rows.append(row)
-        if rows:
-            rows[-1]["seconds"] = self.run_seconds()
-        if num_finished and self._update > self._first_update:
-            self._speed = num_finished * tokens_per_update / per_update / seconds
-            rows[-1] |= {
-                "train/tokens_per_second": self._speed,
-                "train/mfu": model_flops_utilization(self._speed, self._flops_per_token),
-                "train/data_wait_fraction": self._waited / seconds,
-            }
-        self.restart(num_ahead=num_ahead)
-        return rows, None
-
-    def _is_spike(self, loss: float) -> bool:
-        """Notes the loss of an update; says whether it stands out among those before it."""
-        before, factor = list(self.recent_losses), self._config.logging.loss_spike_factor
-        self.recent_losses.append(loss)
-        return bool(factor and before) and loss > factor * statistics.median(before)
-
-    def eta_seconds(self) -> float | None:
-        left = (self._schedule.total_updates - self._update) * self._schedule.blocks_per_update
-        return left * self._config.data.sequence_length / self._speed if self._speed else None
-
-    def text(self, row: dict[str, Any]) -> str:
-        parts = [
-            f"epoch {row['epoch']:.2f}",
-            f"loss {row['train/loss']:.3f}",
-            f"lr {row['train/learning_rate']:.2e}",
-        ]
-        if "train/tokens_per_second" in row:
-            mfu = row["train/mfu"]
-            parts += [
-                f"{row['train/tokens_per_second']:,.0f} tok/s",
-                "mfu unknown device" if mfu is None else f"mfu {mfu:.1%}",
-                f"data {row['train/data_wait_fraction']:.1%}",
-            ]
-        return "  ".join(parts)
-
-
-class _StopSignals:
-    """Notes a signal to stop, for the loop to act on between two updates; a second SIGINT exits at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> "_StopSignals":
-        for number in obeyed_signals():
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        if self.signal:
-            # What ended us may have ended whoever read what we say, as Ctrl-C does with `| tee`.
-            let_go_of_lost_streams()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            os._exit(130)
-        self.signal = number
-        with contextlib.suppress(OSError):  # nobody reads it any longer
-            os.write(2, b"\nfinishing this update and saving; a second Ctrl-C exits at once\n")
 
 
 @contextlib.contextmanager
