@@ -18,9 +18,11 @@ _Saved = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], jax.Array]
 
 
 def uses_flash_attention(config: ModelConfig, length: int, device: Any) -> bool:
-    """Returns whether `device` runs cuDNN's flash attention for texts of `length` tokens and this model: CUDA from
-    Ampere on, bfloat16, a head width that is a multiple of 8 up to 128, and an even length, which JAX asks for where
-    there is a gradient. Asking for it elsewhere raises."""
+    """Returns whether cuDNN's flash attention is used on `device` for texts of `length` tokens and this model.
+
+    JAX takes it on CUDA from Ampere on, and raises elsewhere: for bfloat16, a head width that is a multiple of 8 up to
+    128 (from Hopper on up to 256, which has not been tried here), and, where there is a gradient, an even length.
+    """
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
     fits = config.dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128 and length % 2 == 0
@@ -30,7 +32,7 @@ def uses_flash_attention(config: ModelConfig, length: int, device: Any) -> bool:
 def causal_attention(queries_BTHK: jax.Array, keys_BTGK: jax.Array, values_BTGK: jax.Array) -> jax.Array:
     """Returns attended_BTHK, by blocks of queries that see only the keys before their end.
 
-    Half of the square that jax.nn.dot_product_attention computes is never touched.
+    Four blocks compute 5/8 of the square that jax.nn.dot_product_attention computes, sixteen little more than half.
     """
     num_heads, head_dim = queries_BTHK.shape[2:]
     # Query heads that share a key/value head stand next to each other, as in Llama.

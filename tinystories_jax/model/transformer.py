@@ -218,7 +218,7 @@ class Transformer(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = _rms_norm(config, rngs)
         if not config.tie_embeddings:
-            self.lm_head = _linear(config, config.d_model, config.vocab_size, rngs)
+            self.lm_head = _linear(config.d_model, config.vocab_size, rngs)
 
     def hidden(
         self,
@@ -335,10 +335,10 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = _linear(config, config.d_model, query_width, rngs)
-        self.k_proj = _linear(config, config.d_model, kv_width, rngs)
-        self.v_proj = _linear(config, config.d_model, kv_width, rngs)
-        self.o_proj = _linear(config, query_width, config.d_model, rngs, std=_residual_std(config))
+        self.q_proj = _linear(config.d_model, query_width, rngs)
+        self.k_proj = _linear(config.d_model, kv_width, rngs)
+        self.v_proj = _linear(config.d_model, kv_width, rngs)
+        self.o_proj = _linear(query_width, config.d_model, rngs, std=_residual_std(config))
 
     def __call__(
         self, hidden_BTD: jax.Array, rotation: tuple[Array, Array], kernels: LayerKernels
@@ -390,9 +390,9 @@ class FeedForward(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.gate_proj = _linear(config, config.d_model, config.d_ff, rngs)
-        self.up_proj = _linear(config, config.d_model, config.d_ff, rngs)
-        self.down_proj = _linear(config, config.d_ff, config.d_model, rngs, std=_residual_std(config))
+        self.gate_proj = _linear(config.d_model, config.d_ff, rngs)
+        self.up_proj = _linear(config.d_model, config.d_ff, rngs)
+        self.down_proj = _linear(config.d_ff, config.d_model, rngs, std=_residual_std(config))
 
     def __call__(self, hidden_BTD: jax.Array, kernels: LayerKernels) -> jax.Array:
         # The backward pass computes what is between the products again, which takes less time than to read it.
@@ -445,11 +445,9 @@ def _rms_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(config.d_model, epsilon=_NORM_EPSILON, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
-def _linear(config: ModelConfig, width_in: int, width_out: int, rngs: nnx.Rngs, std: float = _INIT_STD) -> nnx.Linear:
+def _linear(width_in: int, width_out: int, rngs: nnx.Rngs, std: float = _INIT_STD) -> nnx.Linear:
     initializer = nnx.initializers.normal(std)
-    return nnx.Linear(
-        width_in, width_out, use_bias=False, dtype=jnp.dtype(config.dtype), kernel_init=initializer, rngs=rngs
-    )
+    return nnx.Linear(width_in, width_out, use_bias=False, kernel_init=initializer, rngs=rngs)
 
 
 def _rotation(num_positions: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
