@@ -40,10 +40,9 @@ class Sampling:
     """How the next token is drawn; the filters act in this order, as in Hugging Face's generate.
 
     repetition_penalty: logits of tokens already in the text are divided (positive) or multiplied (negative) by it
-        (Keskar et al. 2019, arXiv:1909.05858), those of the end token alone excepted, so that a story can end; 1 is
-        off. temperature: divides the logits; 0 is greedy. top_k: the k
-        likeliest tokens only; 0 is off. top_p: the smallest set of likeliest tokens with at least this probability
-        (Holtzman et al. 2020, arXiv:1904.09751); 1 is off.
+        (Keskar et al. 2019, arXiv:1909.05858), but for the end token, which stands before every text; 1 is off.
+        temperature: divides the logits; 0 is greedy. top_k: the k likeliest tokens only; 0 is off. top_p: the smallest
+        set of likeliest tokens with at least this probability (Holtzman et al. 2020, arXiv:1904.09751); 1 is off.
     """
 
     temperature: float = 1.0
