@@ -43,12 +43,17 @@ def tiny_config(**model: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> dict[str, Any]:
+def trace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("trace")
+
+
+@pytest.fixture(scope="module")
+def trained(trace) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PEAK_BF16_FLOPS, jax.devices()[0].device_kind, PEAK)
         patch.setattr(train, "measure_rates", lambda: RATES)
         patch.setattr(timing, "_SAMPLE_SECONDS", 1e-9)
-        return measure_train(tiny_config(), 3, 0.01, str(tmp_path_factory.mktemp("trace")))
+        return measure_train(tiny_config(), 3, 0.01, str(trace))
 
 
 # ---- samples
@@ -112,9 +117,8 @@ def test_training_figures_follow_from_each_other(trained):
     assert trained["compile_seconds"] > 0
 
 
-def test_one_update_is_profiled_on_request(trained, tmp_path_factory):
-    (folder,) = tmp_path_factory.getbasetemp().glob("trace*")
-    profile = ProfileData.from_file(str(next(folder.rglob("*.xplane.pb"))))
+def test_one_update_is_profiled_on_request(trained, trace):
+    profile = ProfileData.from_file(str(next(trace.rglob("*.xplane.pb"))))
     names = [event.name for plane in profile.planes for line in plane.lines for event in line.events]
     assert sum("train_step" in name for name in names) >= 2  # micro-steps
     with pytest.raises(UserError, match=r"--trace=x: 'decode' does not train"):
