@@ -30,6 +30,10 @@ _HUB_REVISION = flags.DEFINE_string("hub_revision", "f54c09fd23315a6f9c86f9dc80f
 def main() -> None:
     if _SOURCE.value == "files" and not _TRAIN_FILES.value:
         raise UserError("--train_files is empty but --source=files; give paths or globs, comma-separated")
+    if _SOURCE.value != "files" and _TRAIN_FILES.value:
+        raise UserError(
+            f"--train_files={_TRAIN_FILES.value} is not read with --source={_SOURCE.value}; add --source=files"
+        )
     source = StorySource(
         kind=_SOURCE.value,
         split="train",

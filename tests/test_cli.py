@@ -105,14 +105,20 @@ def file_flags(tmp_path: Path, train: Path, valid: Path | None = None) -> list[s
 
 
 @pytest.mark.parametrize(
-    "error", ["MemoryError()", "RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')"]
+    ("error", "said"),
+    [
+        ("MemoryError()", "too little memory"),
+        ("RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')", "too little memory"),
+        ("OSError(12, 'Cannot allocate memory')", "too little memory"),
+        ("OSError(5, 'Input/output error', 'train.txt')", "train.txt: Input/output error; give a place"),
+    ],
 )
-def test_too_little_memory_is_one_line(error):
+def test_what_the_machine_cannot_do_is_one_line(error, said):
     program = f"from tinystories_jax import cli\ndef main(): raise {error}\ncli.run(main)"
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=60
     )
-    assert "too little memory" in error_line(result)
+    assert said in error_line(result)
 
 
 # ---- flags

@@ -302,6 +302,12 @@ def test_every_number_but_booleans_has_a_range():
         ),
         ({"data__source": "files", "data__train_files": "a.txt"}, ["data.valid_files is empty", "--config.data."]),
         ({"data__source": "files", "data__valid_files": "a.txt"}, ["data.train_files is empty", "--config.data."]),
+        ({"data__train_files": "a.txt"}, ["data.train_files='a.txt'", "source=hub", "--config.data.source=files"]),
+        (
+            {"data__source": "sample", "data__valid_files": "b"},
+            ["data.valid_files='b'", "source=sample", "leave it out"],
+        ),
+        ({"tokenizer__train_files": "c"}, ["tokenizer.train_files='c'", "--config.tokenizer.source=files"]),
         ({"logging__loss_spike_factor": 0.9}, ["logging.loss_spike_factor=0.9", "above 1", "0"]),
         ({"data__source": "wikipedia"}, ["data.source='wikipedia'", "hub", "files", "sample"]),
         ({"tokenizer__source": "sample"}, ["tokenizer.source='sample'", "stories", "hub", "files"]),
@@ -557,9 +563,16 @@ BINDING = {
 
 
 def contradictions_of(new_values: dict[str, Any]) -> list[str]:
-    files = {"tokenizer__train_files": "other.txt"} if new_values.get("tokenizer__source") == "files" else {}
-    of_run = with_top10k_data(resolve(read_config("top10k")))
-    return contradictions(of_run, with_top10k_data(resolve(changed(**{**new_values, **files}))))
+    # Files are refused where the source is another.
+    of_both, files = {}, {}
+    if "tokenizer__train_files" in new_values:
+        of_both = {"tokenizer__source": "files", "tokenizer__train_files": "a.txt"}
+    elif new_values.get("tokenizer__source") == "files":
+        files = {"tokenizer__train_files": "other.txt"}
+    elif {"data__train_files", "data__valid_files"} & set(new_values):
+        files = {"data__source": "files", "data__train_files": "a.txt", "data__valid_files": "b.txt"}
+    of_run = with_top10k_data(resolve(changed(**of_both)))
+    return contradictions(of_run, with_top10k_data(resolve(changed(**{**of_both, **files, **new_values}))))
 
 
 def test_every_leaf_is_either_free_or_binding():

@@ -27,10 +27,11 @@ _GRACE_SECONDS = 3  # to end in good order
 # In the path of a file that is neither ours nor of the standard library.
 _FOREIGN = ("site-packages", "dist-packages", "<frozen importlib")
 _COMPILE_CACHE_HELP = "Keep compiled programs for the next start, in ~/.cache/tinystories_jax."
-# What a full, read-only, missing or occupied place on a disk says; anything else from the system is a bug of ours.
+# What a full, read-only, missing, occupied or broken place on a disk says; anything else is a bug of ours.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_MENDABLE = _FULL | _CLOSED | {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_MISSING = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_MENDABLE = _FULL | _CLOSED | _MISSING | {errno.EIO, errno.ESTALE}
 
 
 def run(
@@ -77,17 +78,16 @@ def run(
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, as `| head` does
         code = 0
-    except OSError as error:
-        if error.errno not in _MENDABLE:
-            raise
-        place = error.filename or "a file of this run or standard output"
-        advice = "make room there, or " * (error.errno in _FULL) + "give a place that can be written"
-        code = _complain([f"{place}: {error.strerror}; {advice}"])
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            what = "too little memory for what is asked, on this machine or its device"
+            code = _complain([f"{what}; scripts/plan.py says what training takes"])
+        elif isinstance(error, OSError) and error.errno in _MENDABLE:
+            place = error.filename or "a file of this run or standard output"
+            advice = "make room there, or " * (error.errno in _FULL) + "give a place that can be written"
+            code = _complain([f"{place}: {error.strerror}; {advice}"])
+        else:
             raise
-        what = "too little memory for what is asked, on this machine or its device"
-        code = _complain([f"{what}; scripts/plan.py says what training takes"])
     finally:
         # All is done. The interpreter takes a second to end, in which a signal would change what the exit code says.
         for number in STOP_SIGNALS:

@@ -314,6 +314,15 @@ def _show(value: Any) -> str:
     return text if len(text) <= 500 else f"{text[:500]}..."
 
 
+def _require_unread(problems: list[str], name: str, files: str | None, source_name: str, source: str) -> None:
+    """Files that nobody reads are no oversight to pass over: training would go on with other stories."""
+    if files:
+        problems.append(
+            f"{name}={_show(files)} is not read with {source_name}={source}; "
+            f"add --config.{source_name}=files, or leave it out"
+        )
+
+
 def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list[str]:
     """Returns what is wrong with the values that are there; None stands for one whose type is wrong already."""
     problems: list[str] = []
@@ -330,10 +339,14 @@ def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list
     for key in ("train_files", "valid_files"):
         if data["source"] == "files" and data[key] is not None and not data[key].strip():
             problems.append(f"data.{key} is empty but data.source=files; give --config.data.{key}=PATH[,PATH or glob]")
+        if data["source"] in ("hub", "sample"):
+            _require_unread(problems, f"data.{key}", data[key], "data.source", data["source"])
     if not tokenizer["path"]:
         if tokenizer["source"] == "hub":
             _check_hub(problems, "tokenizer", tokenizer)
         files = tokenizer["train_files"]
+        if tokenizer["source"] in ("stories", "hub"):
+            _require_unread(problems, "tokenizer.train_files", files, "tokenizer.source", tokenizer["source"])
         if tokenizer["source"] == "files" and files is not None and not files.strip():
             problems.append(
                 "tokenizer.train_files is empty but tokenizer.source=files; "

@@ -1,5 +1,6 @@
 """What a user can mend: one exception for it, and how to know a device without room for what is asked."""
 
+import errno
 from collections.abc import Sequence
 
 
@@ -17,4 +18,6 @@ class UserError(ValueError):
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether a device, or this machine, had no room for what was asked."""
     said = str(error)  # by XLA, by PyTorch
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said or "CUDA out of memory" in said

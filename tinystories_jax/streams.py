@@ -1,7 +1,18 @@
 """Standard output and error whose reader went away: a terminal that was closed, a `tee` that Ctrl-C ended as well."""
 
+import contextlib
 import os
 import select
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def go_on_unread() -> Iterator[None]:
+    """Goes on where what is written in the block has no reader any longer."""
+    try:
+        yield
+    except OSError:
+        let_go_of_lost_streams()
 
 
 def let_go_of_lost_streams() -> None:

@@ -34,7 +34,7 @@ from tinystories_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 REBUILD = "python scripts/prepare.py --rebuild"
-IDENTITY: dict[str, object] = {"split": "train", "files": ["0f"], "max_stories": 0}
+IDENTITY: dict[str, object] = {"split": "train", "name": "0f", "max_stories": 0}
 
 # Builds a cache in a process of its own: build(tokenizer.json, stories.txt, folder).
 PROGRAM = f"""
@@ -125,7 +125,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path, source, tokenizer):
 
 
 def test_fingerprint_tells_tokenizer_and_every_part_of_the_source_apart():
-    changed = [{**IDENTITY, "split": "validation"}, {**IDENTITY, "max_stories": 5}, {**IDENTITY, "files": ["1f"]}]
+    changed = [{**IDENTITY, "split": "validation"}, {**IDENTITY, "max_stories": 5}, {**IDENTITY, "name": "1f"}]
     fingerprints = {cache_fingerprint("aa", identity) for identity in (IDENTITY, *changed)}
     fingerprints.add(cache_fingerprint("ab", IDENTITY))
     assert len(fingerprints) == 5

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
+import struct
 import subprocess
 import sys
 import time
@@ -32,6 +35,14 @@ except UserError as caught:
     error = str(caught)
 print(json.dumps({"stories": read, "report": dataclasses.asdict(report), "error": error}))
 """
+
+
+def test_a_child_that_dies_within_a_message_has_ended():
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    os.write(sender.fileno(), struct.pack("!i", 1000) + b"[")
+    sender.close()
+    with receiver, pytest.raises(EOFError):
+        next(hub._listen(receiver, {}))
 
 
 # Reads a story under a lock, and says what files the reading process has open.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tinystories_jax.config import Config, resolve
+from tinystories_jax.data import cache as cache_module
 from tinystories_jax.data.prepare import (
     PreparedData,
     count_shared_stories,
@@ -26,6 +27,9 @@ from tinystories_jax.errors import UserError
 from tinystories_jax.lock import locked
 
 ROOT = Path(__file__).parents[2]
+
+
+WITHOUT_FILES = {"data__train_files": "", "data__valid_files": ""}
 
 
 def story(index: int) -> str:
@@ -137,6 +141,33 @@ def test_changed_stories_are_noticed(place):
     assert after.valid.manifest.num_stories == before.valid.manifest.num_stories
 
 
+def test_stories_that_change_while_they_are_read_are_no_cache(place, monkeypatch):
+    write_tokens = cache_module._write_tokens
+
+    def write_and_change(*arguments):
+        counts = write_tokens(*arguments)
+        with (place.folder / "train.txt").open("a") as file:
+            file.write("One more.")
+        return counts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_write_tokens", write_and_change)
+        with pytest.raises(UserError, match=r"train.txt: changed while it was read; start again"):
+            place.prepare()
+    assert place.prepare().train.manifest.report["raw_stories"] > 0
+
+
+def test_nobody_has_to_read_what_preparing_says(tmp_path):
+    command = [sys.executable, "scripts/prepare.py", "--config=configs/quickstart.py"]
+    flags = [f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.data.max_stories=50"]
+    flags += ["--config.tokenizer.vocab_size=300"]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait(timeout=120) == 0
+    assert len(list((tmp_path / "cache" / "tokens").glob("*/manifest.json"))) == 2
+
+
 def test_rebuild_replaces_everything_with_the_same(place):
     before = place.prepare()
     (before.train.folder / "tokens.bin").write_bytes(b"damaged")
@@ -203,7 +234,7 @@ def test_split_without_stories_is_refused(place, split):
 
 
 def test_bundled_sample_needs_no_files(place):
-    data = place.prepare(data__source="sample", data__max_stories=200)
+    data = place.prepare(**WITHOUT_FILES, data__source="sample", data__max_stories=200)
     assert data.train.manifest.num_stories == 200
     assert data.valid.manifest.num_stories > 0
     assert data.tokenizer.vocab_size == 300
@@ -324,4 +355,4 @@ def test_finding_refuses_what_is_damaged_or_cannot_be_read(place):
 
 def test_the_hub_is_not_asked_for_what_is_not_prepared(place, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert find_data(place.config(data__source="hub")) is None
+    assert find_data(place.config(**WITHOUT_FILES, data__source="hub")) is None

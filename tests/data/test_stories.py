@@ -70,6 +70,20 @@ def test_separators_may_stand_anywhere_and_across_chunks(tmp_path, monkeypatch):
         assert (report.raw_stories, report.dropped_empty) == (5, 1)
 
 
+def test_a_txt_without_separators_is_not_taken_for_one_story(tmp_path):
+    paragraph = "Tom had a cat. The cat was red.\n\n"
+    stories, _ = read(write(tmp_path / "short.txt", paragraph * 10))
+    assert len(stories) == 1
+    many = write(tmp_path / "many.txt", paragraph * 1000)
+    with pytest.raises(
+        UserError, match=rf"{many}: holds no <\|endoftext\|>, so that its 33,000 characters would be one"
+    ):
+        read(many)
+    # One that ends with a separator says that it is one story.
+    stories, _ = read(write(tmp_path / "one.txt", paragraph * 1000 + END_OF_STORY))
+    assert len(stories) == 1
+
+
 def test_jsonl_and_parquet_give_what_txt_gives(tmp_path):
     stories = ["one", "two\nlines", "three é “quoted”"]
     write(tmp_path / "a.TXT", END_OF_STORY.join(stories))
@@ -135,7 +149,13 @@ def test_globs_are_sorted_and_paths_keep_their_order(tmp_path, monkeypatch):
         ("a.txt", b"", "is empty"),
         ("a.txt", b" \n\n", "holds no story"),
         ("a.txt", b"fine<|endoftext|>not \xff fine", "byte 21: is not UTF-8"),
-        ("a.txt", "x" * (2**20 + 1), "byte 0: a story of more than 1,048,576 characters .* separators"),
+        ("a.txt", "x" * (2**20 + 1), r"holds no <\|endoftext\|>, so that its 1,048,577 characters"),
+        (
+            "a.txt",
+            "x" * (2**20 + 1) + "<|endoftext|>",
+            "byte 0: a story of more than 1,048,576 characters .* separators",
+        ),
+        ("a.txt", "x" * 6_000_000, "byte 0: a story of more than 1,048,576 characters .* separators"),
         ("a.txt", "one<|endoftext|>" + "x" * 6_000_000, "byte 16: a story of more than 1,048,576 characters"),
         ("a.jsonl", '{"text": "one"}\n{"text": "two"', "line 2: is not JSON"),
         ("a.jsonl", "[" * 100_000, "line 1: is not JSON"),

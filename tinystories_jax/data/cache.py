@@ -24,7 +24,7 @@ from tinystories_jax.background import in_background
 from tinystories_jax.config import Config
 from tinystories_jax.data.encode import StoryEncoder
 from tinystories_jax.data.folders import new_folder, parse_json, read_small_file, sync, write_file
-from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
+from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories, source_identity
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer, batch_stories
 from tinystories_jax.errors import UserError
 
@@ -91,7 +91,8 @@ def write_cache(
     """Encodes the stories of `source` into a cache at `folder`, complete or not at all; returns its manifest.
 
     `identity` is the source_identity of `source`. When another process has put the same cache there meanwhile, that one
-    stays, unless `replace`. Memory does not grow with the corpus. Raises `UserError` for no story and no space.
+    stays, unless `replace`. Memory does not grow with the corpus. Raises `UserError` for no story, no space, and files
+    that are not those of `identity` when all is read.
     """
     dtype = dtype_for(tokenizer.vocab_size)
     report, seen = StoryReport(), SeenStories()
@@ -99,6 +100,10 @@ def write_cache(
         with (building / TOKENS_FILE).open("wb") as file, _progress_bar(source, show_progress) as bar:
             counts = _write_tokens(file, _track(iter_stories(source, report, seen), report, bar), tokenizer, dtype)
             sync(file)
+        if "files" in identity and source_identity(source, None)["files"] != identity["files"]:
+            raise UserError(
+                f"{source.files}: changed while it was read; start again when nothing writes there any longer"
+            )
         with (building / HASHES_FILE).open("wb") as file:
             hashes_checksum = _write_hashes(file, seen)
             sync(file)

@@ -16,6 +16,7 @@ from tinystories_jax.errors import UserError
 
 END_OF_STORY = "<|endoftext|>"
 MAX_STORY_CHARACTERS = 2**20
+_MOST_CHARACTERS_ALONE = 20_000  # of a .txt without a separator: some twenty stories of TinyStories
 
 _FIELDS = ("text", "story")  # of a JSON line or a Parquet row, the first that is there
 _CHUNK_BYTES = 2**20
@@ -110,7 +111,13 @@ def _read_txt(path: Path) -> Iterator[tuple[int, int, str]]:
             if len(rest) > 4 * MAX_STORY_CHARACTERS:
                 raise _too_long(path, f"byte {offset}")
     if rest.strip():
-        yield offset + len(rest), offset, _decode(rest, path, offset)
+        story = _decode(rest, path, offset)
+        if offset <= len(_BOM) and len(story) > _MOST_CHARACTERS_ALONE:
+            raise UserError(
+                f"{path}: holds no {END_OF_STORY}, so that its {len(story):,} characters would be one story; put "
+                f"{END_OF_STORY} between stories, or give one story a line (.jsonl) or row (.parquet)"
+            )
+        yield offset + len(rest), offset, story
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, int, str]]:

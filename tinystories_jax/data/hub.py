@@ -92,7 +92,11 @@ def _listen(receiver: Connection, request: dict[str, str]) -> Generator[tuple[in
         if not receiver.poll(max(0.0, deadline - time.monotonic())):
             reason = f"no answer for {patience:.0f} seconds" + (f" (last: {trouble})" if trouble else "")
             raise _unreachable(request, endpoint, reason)
-        kind, value = json.loads(receiver.recv_bytes())
+        try:
+            message = receiver.recv_bytes()
+        except OSError as error:  # as EOFError is; a child that was killed has sent a part of one
+            raise EOFError(str(error)) from error
+        kind, value = json.loads(message)
         if kind == "trouble":
             trouble = value
             continue

@@ -38,6 +38,7 @@ from tinystories_jax.data.tokenizer import (
     train_bpe,
 )
 from tinystories_jax.errors import UserError
+from tinystories_jax.streams import go_on_unread
 
 _TRAINER_VERSION = 1  # raise it when train_bpe gives another vocabulary for the same stories
 _META_FILE = "meta.json"
@@ -66,8 +67,9 @@ def rebuild_command() -> str:
 
 
 def log_to_stderr(line: str) -> None:
-    """Writes one line at once, clear of stdout, which belongs to results."""
-    print(line, file=sys.stderr, flush=True)
+    """Writes one line at once, clear of stdout, which belongs to results; nobody has to read it."""
+    with go_on_unread():
+        print(line, file=sys.stderr, flush=True)
 
 
 def prepare_data(

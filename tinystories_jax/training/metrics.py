@@ -1,11 +1,10 @@
 """What a run says about itself: metrics.jsonl (the source of truth), TensorBoard, the progress line, FLOPs and MFU."""
 
-import contextlib
 import math
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.streams import let_go_of_lost_streams
+from tinystories_jax.streams import go_on_unread
 from tinystories_jax.training.jsonl import FileState, JsonLines
 from tinystories_jax.training.meta import Evaluation, History
 from tinystories_jax.training.run_folder import append, cannot_write, open_unbuffered
@@ -175,13 +174,13 @@ class ProgressLine:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with _go_on_unread():
+        with go_on_unread():
             self._bar.close()
 
     def show(self, update: int, *, text: str, eta_seconds: float | None) -> None:
         """Moves to `update`; `text` holds the figures."""
         eta = "" if eta_seconds is None else f"  eta {tqdm.format_interval(eta_seconds)}"
-        with _go_on_unread():
+        with go_on_unread():
             if self._bar.disable:
                 print(f"update {update}/{self._total}  {text}{eta}", file=sys.stderr, flush=True)
             else:
@@ -190,13 +189,5 @@ class ProgressLine:
 
     def note(self, line: str) -> None:
         """Prints a line without breaking the bar."""
-        with _go_on_unread():
+        with go_on_unread():
             tqdm.write(line, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _go_on_unread() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        let_go_of_lost_streams()
