@@ -10,19 +10,23 @@ WORKDIR ?= runs/quickstart
 
 .PHONY: setup quickstart test faults lint check clean
 
-setup: $(VENV)/.setup
+# Each set of packages has its own mark, so that another one is installed over it.
+SETUP := $(VENV)/.setup-$(basename $(notdir $(REQUIREMENTS)))
 
-$(VENV)/.setup: $(REQUIREMENTS) pyproject.toml
+setup: $(SETUP)
+
+$(SETUP): $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v[0]}.{v[1]} is too old; install 3.11 or newer, or run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	@rm -f $(VENV)/.setup-requirements*
 	@touch $@
 
-$(VENV)/.setup-dev: $(VENV)/.setup requirements-dev.txt
+$(VENV)/.setup-dev: $(SETUP) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-quickstart: $(VENV)/.setup
+quickstart: $(SETUP)
 	$(BIN)/python scripts/train.py --config configs/quickstart.py --workdir $(WORKDIR)
 	$(BIN)/python scripts/sample.py --checkpoint $(WORKDIR) --num_samples 3 --temperature 0.8
 
