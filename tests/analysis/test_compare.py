@@ -183,6 +183,7 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path):
         make_run(tmp_path / "b", seed=1, num_updates=10),
         make_run(tmp_path / "c", seed=2, eval__max_batches=3),
         make_run(tmp_path / "d", seed=3, data__source="files", data__train_files="t", data__valid_files="v"),
+        make_run(tmp_path / "e", seed=4, sample__temperature=0.2, sample__max_new_tokens=7),
     ]
     write_evaluation(runs[0], articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0))
     write_evaluation(runs[1], articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0), temperature=0.8)
@@ -192,6 +193,7 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path):
     for words in (
         *("b has 10 of 20 updates", "eval.max_batches differs", "name different validation stories"),
         "d was validated on other stories than a",
+        *("sample.temperature differs: the scores of the runs' samples", "sample.max_new_tokens differs"),
         "for other runs: 200 stories at temperature 0.8; 200 stories at temperature 1.0.",
     ):
         assert words in doubts

@@ -59,6 +59,14 @@ def test_a_way_of_spoiling_takes_every_opportunity_at_rate_one(way, spoiled):
     assert spoil(TEXT, way, 1.0, seed=0) == spoiled
 
 
+@pytest.mark.parametrize(
+    ("text", "spoiled"),
+    [("He was in the park.", "The park."), ("So he was at my house. At the end he ran.", "House. The end ran.")],
+)
+def test_small_words_that_follow_each_other_are_deleted_whole(text, spoiled):
+    assert spoil(text, "small words deleted", 1.0, seed=0) == spoiled
+
+
 def test_doubled_words_double_the_words():
     assert spoil("The cat's here.", "words doubled", 1.0, seed=0) == "The The cat's cat's here here."
 

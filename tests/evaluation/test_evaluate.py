@@ -64,7 +64,8 @@ def measure(**text: Any) -> Measured:
 def evaluation_of(measured: Measured) -> Evaluation:
     figures = {"checkpoint_update": 20, **list_figures(measured)}
     scores, criteria = list_scores(measured), list_criteria(measured)
-    return Evaluation("runs/a", figures, scores, criteria, ("a note",), ("# A story\n\nof two <b>lines</b>.",))
+    story = {"prompt": "# A", "text": "# A story\n\nof two <b>lines</b>.", "finished": True}
+    return Evaluation("runs/a", figures, scores, criteria, ("a note",), (story,))
 
 
 # ---- criteria and rows
@@ -122,6 +123,29 @@ def test_one_faultless_sentence_over_and_over_does_not_pass():
     assert verdicts(dataclasses.replace(measure(), text=text))[1:] == ["unknown", "FAIL"]
 
 
+def test_one_faultless_story_over_and_over_does_not_pass(tinystories_data):
+    (story,) = read_texts(str(tinystories_data / "valid.txt"), 1)
+    text = score_stories([story] * 200, check_grammar=False)
+    assert text.repetition <= 0.05
+    measured = dataclasses.replace(measure(), text=dataclasses.replace(text, grammar=10.0))
+    assert verdicts(measured)[2] == "FAIL"
+    assert (
+        verdicts(dataclasses.replace(measured, text=dataclasses.replace(measured.text, distinct_1=0.05)))[2] == "PASS"
+    )
+
+
+def test_a_loss_by_another_vocabulary_decides_nothing():
+    loss = measure().loss
+    assert loss is not None
+    # As many bits for a byte, in tokens of 2.4 bytes.
+    short = dataclasses.replace(measure(), loss=dataclasses.replace(loss, loss=loss.loss * 2.4 / 4.1))
+    assert verdicts(short)[0] == "unknown"
+    assert (
+        "2.29 bytes a token, where the recipe's vocabulary has 4.1: only bits per byte"
+        in list_criteria(short)[0].figure
+    )
+
+
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
@@ -157,7 +181,7 @@ def test_what_decides_stands_beside_the_verdict():
     unknown = dataclasses.replace(measure(grammar=math.nan), loss=None, loss_on="no cache; give --data FILE")
     assert [item.figure for item in list_criteria(unknown)][::2] == [
         "no cache; give --data FILE",
-        "not measured; 0.01020 met before",
+        f"not measured; 0.01020 met before, {format_figure(real_scores().distinct_1)} distinct",
     ]
 
 
@@ -228,7 +252,8 @@ def test_the_report_shows_what_was_written(tmp_path):
     page = write_report(run).read_text()
     for words in ("unknown", "no validation cache", "articles where one is needed", "PASS"):
         assert words in page
-    assert {path.name for path in run.glob("*evaluation*")} == {"evaluation.json", "evaluation.md"}
+    files = {"evaluation.json", "evaluation.md", "evaluation_stories.jsonl"}
+    assert {path.name for path in run.glob("*evaluation*")} == files
 
 
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
@@ -344,7 +369,8 @@ def test_a_run_is_evaluated_from_its_own_files(run, place, tmp_path):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == f"{run}, checkpoint of update 2"
-    assert [line.split()[0] for line in lines[-3:]] == ["FAIL", "unknown", "unknown"]
+    assert [line.split()[0] for line in lines[-3:]] == ["unknown", "unknown", "unknown"]
+    assert "only bits per byte compare" in lines[-3]  # its vocabulary is small
     values = json.loads((run / "evaluation.json").read_text())
     assert json.loads((tmp_path / "out.json").read_text()) == values
     assert (values["num_stories"], values["checkpoint_update"], values["temperature"]) == (46, 2, 1.0)
@@ -359,6 +385,10 @@ def test_a_run_is_evaluated_from_its_own_files(run, place, tmp_path):
     # Two updates teach nothing to copy, but these stories were made of few words.
     assert values["copies"]["longest"] == 0
     assert values["real_copies"]["longest"] >= 16
+    stories = [json.loads(line) for line in (run / "evaluation_stories.jsonl").read_text().splitlines()]
+    assert [story["prompt"] for story in stories] == [*read_prompts(), *read_prompts()[:2]]
+    assert all(story["text"].startswith(story["prompt"]) for story in stories)
+    assert sum(story["finished"] for story in stories) == pytest.approx(values["finished"] * 46)
     page = (run / "evaluation.md").read_text()
     assert "## Stories" in page
     assert "Once upon a time there was" in page

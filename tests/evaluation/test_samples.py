@@ -60,8 +60,14 @@ def test_a_finished_story_has_no_end_marker_in_its_text(params, tokenizer, confi
     embedding_VD = params["embed_tokens"]["embedding"]
     biased = params | {"embed_tokens": {"embedding": embedding_VD.at[1:].multiply(1e-6)}}
     (story,) = write_stories(biased, tokenizer, config, ["a cat"], Sampling(temperature=0.0), seed=0, max_new_tokens=40)
+    assert story.finished
     assert "<|endoftext|>" not in story.text
     assert story.text.startswith("a cat")
+    unbiased = params | {"embed_tokens": {"embedding": embedding_VD.at[0].multiply(1e-6)}}
+    (story,) = write_stories(
+        unbiased, tokenizer, config, ["a cat"], Sampling(temperature=0.0), seed=0, max_new_tokens=5
+    )
+    assert not story.finished
 
 
 def test_prompts_that_fill_the_context_are_refused_all_at_once(tokenizer, config):

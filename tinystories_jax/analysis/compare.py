@@ -65,8 +65,14 @@ class Comparison:
             for item in found:
                 pairs.setdefault(item.name, []).append(item.pair)
             named = "; ".join(f"{name} ({', '.join(which)})" for name, which in pairs.items())
-            chance = f" Of {len(tested)} comparisons at 95 %, one in twenty would be counted by chance alone."
-            return f"Larger than the noise: {named}.{chance}"
+            over_seeds = [item for item in tested if item.verdict is not None and item.verdict.interval is not None]
+            chance = f" Of {len(over_seeds)} comparisons at 95 %, one in twenty would be counted by chance alone."
+            of_seeds = " What one seed a side tells holds for these runs; another seed may differ as much."
+            return (
+                f"Larger than the noise: {named}."
+                + chance * bool(over_seeds)
+                + of_seeds * (len(over_seeds) < len(tested))
+            )
         if tested:
             return f"{NO_DIFFERENCE.capitalize()}: none of {len(tested)} is larger than the noise."
         return (

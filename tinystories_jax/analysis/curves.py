@@ -62,10 +62,8 @@ def _gradient_norm(run: RunFiles) -> str:
     updates, norms = run.series("update", "train/grad_norm")
     curves = [Curve(*thin_out(updates, norms), 1, "faint"), Curve(*thin_out(updates, smooth(norms)), 1)]
     clipped = sum(norm > limit for norm in norms)
-    note = f"never clipped to {limit:g}"
     if clipped:
         curves.append(Curve([0.0], [limit], 2, "level"))
-        note = f"clipped to {limit:g} in {clipped / len(norms):.1%} of updates"
     note = (
         f"clipped to {limit:g} in {clipped / len(norms):.1%} of updates" if clipped else f"never clipped to {limit:g}"
     )

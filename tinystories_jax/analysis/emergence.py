@@ -28,7 +28,7 @@ def _emergence_figures(run: RunFiles) -> str:
     shares = [
         (("valid/article_recall", 1, "recall"), ("samples/articles", 3, "written")),
         "Articles",
-        "share of the needed",
+        "recall: right first guesses at articles; written: needed ones in its stories",
         Axis("", low=0.0, high=1.0, percent=True),
     ]
     grammar = [(("samples/grammar", 4, "its stories"),), "Grammar", "out of 10", Axis("", low=0.0, high=10.0)]

@@ -31,7 +31,8 @@ _NONE = "–"
 
 
 def write_report(folder: Path) -> Path:
-    """Writes RUN/report.html, at any moment of the run, and returns its path; the same files give the same bytes.
+    """Writes RUN/report.html, at any moment of the run, and returns its path; the same files of a run that is
+    over give the same bytes.
 
     Raises `UserError` where `folder` is no run. What else is missing or damaged is said on the page.
     """

@@ -99,6 +99,14 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
     ]
     if len({run.config.eval.max_batches for run in runs}) > 1:
         doubts.append("eval.max_batches differs: validation figures come from different parts of the split.")
+    elif runs[0].config.eval.max_batches and not all(same_tokenizer(run, runs[0]) for run in runs):
+        doubts.append(
+            "With other tokenizers eval.max_batches batches are other parts of the split, and figures differ."
+        )
+    samples = [run.config.sample for run in runs]
+    for name in ("prompts", "temperature", "max_new_tokens"):
+        if len({getattr(sample, name) for sample in samples}) > 1:
+            doubts.append(f"sample.{name} differs: the scores of the runs' samples do not compare.")
     if len({_stories(run.config, "valid") for run in runs}) > 1:
         doubts.append("The runs name different validation stories; their scores compare only if these are the same.")
     doubts += [

@@ -94,12 +94,17 @@ def spoil(text: str, way: str, rate: float, *, seed: int) -> str:
     """
     rng = random.Random(seed)
     text = normalise(text)
-    pieces, position = [], 0
-    for start, end, replacement in SPOILERS[way](text, list(WORD.finditer(text))):
-        if rng.random() < rate:
-            pieces += (text[position:start], replacement)
-            position = end
-    return "".join(pieces) + text[position:]
+    edits = [edit for edit in SPOILERS[way](text, list(WORD.finditer(text))) if rng.random() < rate]
+    pieces, position, begins = [], 0, False
+    for start, end, replacement in [*edits, (len(text), len(text), "")]:
+        kept = text[position:start]
+        if kept and begins:
+            kept, begins = kept[0].upper() + kept[1:], False
+        pieces += (kept, replacement)
+        # A word is left out at the beginning of a sentence: the next that stays begins it.
+        begins = begins or (not replacement and start < end and _begins(text, start))
+        position = end
+    return "".join(pieces)
 
 
 def format_table(real: TextScores, table: Sequence[Spoiled]) -> str:
@@ -129,8 +134,7 @@ def _delete_small_words(text: str, words: list[re.Match[str]]) -> Iterator[Edit]
 def _drop(text: str, words: list[re.Match[str]], unwanted: frozenset[str]) -> Iterator[Edit]:
     for word, after in itertools.pairwise(words):
         if word[0].lower() in unwanted and text[word.end() : after.start()] == " ":
-            letter = text[after.start()]
-            yield word.start(), after.start() + 1, letter.upper() if _begins(text, word) else letter
+            yield word.start(), after.start(), ""
 
 
 def _break_agreement(text: str, words: list[re.Match[str]]) -> Iterator[Edit]:
@@ -143,7 +147,8 @@ def _swap_words(text: str, words: list[re.Match[str]]) -> Iterator[Edit]:
     for first, second in zip(words[::2], words[1::2], strict=False):
         if text[first.end() : second.start()] == " ":
             swapped = f"{second[0]} {first[0]}"
-            yield first.start(), second.end(), swapped[0].upper() + swapped[1:] if _begins(text, first) else swapped
+            begins = _begins(text, first.start())
+            yield first.start(), second.end(), swapped[0].upper() + swapped[1:] if begins else swapped
 
 
 def _double_words(text: str, words: list[re.Match[str]]) -> Iterator[Edit]:
@@ -151,10 +156,10 @@ def _double_words(text: str, words: list[re.Match[str]]) -> Iterator[Edit]:
         yield word.end(), word.end(), f" {word[0]}"
 
 
-def _begins(text: str, word: re.Match[str]) -> bool:
-    """Returns whether the word begins a sentence, which keeps its capital letter when it is spoiled."""
-    before = text[max(0, word.start() - 5) : word.start()].rstrip(" \n\"'")
-    return word[0][0].isupper() and (before == "" or before[-1] in ".!?")
+def _begins(text: str, start: int) -> bool:
+    """Returns whether the word there begins a sentence, which keeps its capital letter when it is spoiled."""
+    before = text[max(0, start - 5) : start].rstrip(" \n\"'")
+    return text[start].isupper() and (before == "" or before[-1] in ".!?")
 
 
 SPOILERS: dict[str, Callable[[str, list[re.Match[str]]], Iterator[Edit]]] = {

@@ -7,7 +7,7 @@ import importlib.resources
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -33,7 +33,6 @@ from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params
 
 _PROMPTS = importlib.resources.files("tinystories_jax.evaluation") / "prompts.json"
-_NUM_EXAMPLES = 3
 _COMPARABLE_WORDS = 20_000  # that distinct words are counted in
 
 Log = Callable[[str], None]
@@ -89,7 +88,7 @@ def evaluate_run(
     )
     notes = _describe_writing(writing, config, has_train_cache=train is not None)
     figures = {"checkpoint_update": update, **asdict(writing)}
-    return _put_together(title, measured, notes, figures, examples=texts[:_NUM_EXAMPLES])
+    return _put_together(title, measured, notes, figures, [asdict(story) for story in stories])
 
 
 def evaluate_file(files: str, *, limit: int, judge: Judge | None = None, log: Log = log_to_stderr) -> Evaluation:
@@ -196,7 +195,7 @@ def _judge(stories: Sequence[tuple[str, str]], judge: Judge | None, log: Log) ->
 
 
 def _put_together(
-    title: str, measured: Measured, notes: list[str], figures: dict[str, Any], examples: Sequence[str] = ()
+    title: str, measured: Measured, notes: list[str], figures: dict[str, Any], stories: Sequence[Mapping[str, Any]] = ()
 ) -> Evaluation:
     return Evaluation(
         title=title,
@@ -204,7 +203,7 @@ def _put_together(
         scores=list_scores(measured),
         criteria=list_criteria(measured),
         notes=(*notes, *_describe_text(measured.text), *_describe_judge(measured.judge)),
-        examples=tuple(examples),
+        stories=tuple(stories),
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from tinystories_jax.data.folders import replace_file
 from tinystories_jax.evaluation.bootstrap import Interval
 
 _NONE = "–"
+_NUM_EXAMPLES = 3
 _COLUMNS = ("score", "unit", "value", "95 % interval", "real stories", "95 % interval")
 
 
@@ -44,7 +45,8 @@ class Evaluation:
     """The scores of a model, or of any stories.
 
     title: what was scored, in one line. figures: everything measured, by name, as JSON can hold it but for nan.
-    notes: how it was measured, and what could not be. examples: a few of the stories, unedited.
+    notes: how it was measured, and what could not be. stories: those that the model wrote, unedited, each with
+    "prompt", "text" and "finished".
     """
 
     title: str
@@ -52,7 +54,7 @@ class Evaluation:
     scores: tuple[Score, ...]
     criteria: tuple[Criterion, ...]
     notes: tuple[str, ...]
-    examples: tuple[str, ...] = ()
+    stories: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns what evaluation.json holds; nan becomes None."""
@@ -78,18 +80,21 @@ def format_markdown(evaluation: Evaluation) -> str:
         _markdown_table(_COLUMNS, [_cells(score) for score in evaluation.scores]),
         "\n".join(f"- {note}" for note in evaluation.notes),
     ]
-    if evaluation.examples:
+    if evaluation.stories:
         parts += ["## Stories", "The first ones, unedited."]
         # As blocks of code: a story is no Markdown.
-        parts += ["\n".join(f"    {line}" for line in story.splitlines()) for story in evaluation.examples]
+        examples = [story["text"] for story in evaluation.stories[:_NUM_EXAMPLES]]
+        parts += ["\n".join(f"    {line}" for line in text.splitlines()) for text in examples]
     return "\n\n".join(parts) + "\n"
 
 
 def write_evaluation(evaluation: Evaluation, run: Path) -> None:
-    """Writes evaluation.json and evaluation.md into `run`, each at once or not at all."""
+    """Writes evaluation.json, evaluation.md and evaluation_stories.jsonl into `run`, each at once or not at all."""
     # Whatever stands in a run under these names is replaced: a link there must not lead the writing elsewhere.
     replace_file(run / "evaluation.json", _to_json(evaluation))
     replace_file(run / "evaluation.md", _encode(format_markdown(evaluation)))
+    lines = [json.dumps(story, ensure_ascii=False) for story in evaluation.stories]
+    replace_file(run / "evaluation_stories.jsonl", _encode("".join(f"{line}\n" for line in lines)))
 
 
 def write_json(evaluation: Evaluation, path: Path) -> None:

@@ -21,6 +21,10 @@ WORDS_PER_STORY_AT_LEAST = 50  # a third of real stories
 ARTICLES_RATIO = 1.1
 # One faultless sentence over and over. Real stories repeat .01 of their 4-grams.
 REPETITION_AT_MOST = 0.05
+# One faultless story over and over. Times the distinct words of real stories.
+DISTINCT_AT_LEAST = 0.5
+# Of the recipe's vocabulary, which the bound of the loss is for; and how far from it a loss per token still compares.
+_BYTES_PER_TOKEN, _BYTES_PER_TOKEN_RATIO = 4.1, 1.1
 
 _TEXT_ROWS = (
     ("grammar", "of 10", "grammar"),
@@ -85,7 +89,7 @@ def list_figures(measured: Measured) -> dict[str, Any]:
 def list_criteria(measured: Measured) -> tuple[Criterion, ...]:
     """Returns the recipe's criteria of success, each with the figures that decide it.
 
-    The figures themselves decide, not their intervals: fewer stories must not help.
+    The figures themselves decide, not their intervals, which would let fewer stories pass with worse figures.
     """
     return _loss_criterion(measured), _articles_criterion(measured), _grammar_criterion(measured)
 
@@ -94,7 +98,15 @@ def _loss_criterion(measured: Measured) -> Criterion:
     loss, name = measured.loss, f"validation loss < {LOSS_BELOW}"
     if loss is None:
         return Criterion(name, None, measured.loss_on)
-    return Criterion(name, loss.loss < LOSS_BELOW, f"{format_figure(loss.loss)} nats per token, on {measured.loss_on}")
+    figure = f"{format_figure(loss.loss)} nats per token, on {measured.loss_on}"
+    bytes_per_token = loss.loss / (math.log(2) * loss.bits_per_byte)
+    if max(bytes_per_token / _BYTES_PER_TOKEN, _BYTES_PER_TOKEN / bytes_per_token) > _BYTES_PER_TOKEN_RATIO:
+        figure += (
+            f"; at {bytes_per_token:.2f} bytes a token, where the recipe's vocabulary has {_BYTES_PER_TOKEN}: only "
+            "bits per byte compare"
+        )
+        return Criterion(name, None, figure)
+    return Criterion(name, loss.loss < LOSS_BELOW, figure)
 
 
 def _articles_criterion(measured: Measured) -> Criterion:
@@ -112,12 +124,16 @@ def _articles_criterion(measured: Measured) -> Criterion:
 
 def _grammar_criterion(measured: Measured) -> Criterion:
     text = measured.text
-    passed = text.grammar >= GRAMMAR_AT_LEAST and text.repetition <= REPETITION_AT_MOST
+    distinct = DISTINCT_AT_LEAST * real_scores().distinct_1
+    varied = text.repetition <= REPETITION_AT_MOST and text.distinct_1 >= distinct
     return Criterion(
-        f"grammar at least {GRAMMAR_AT_LEAST:g} of 10, with at most {REPETITION_AT_MOST:g} of the 4-grams met before",
-        _decide(measured, (text.grammar, text.repetition), passed),
-        f"{_with_interval(text.grammar, text.grammar_interval)}; {format_figure(text.repetition)} met before"
-        + _doubt(measured),
+        f"grammar at least {GRAMMAR_AT_LEAST:g} of 10, with at most {REPETITION_AT_MOST:g} of the 4-grams met before "
+        f"and at least {format_figure(distinct)} of the words distinct",
+        _decide(
+            measured, (text.grammar, text.repetition, text.distinct_1), text.grammar >= GRAMMAR_AT_LEAST and varied
+        ),
+        f"{_with_interval(text.grammar, text.grammar_interval)}; {format_figure(text.repetition)} met before, "
+        f"{format_figure(text.distinct_1)} distinct" + _doubt(measured),
     )
 
 
