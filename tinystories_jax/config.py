@@ -314,8 +314,8 @@ def _show(value: Any) -> str:
     return text if len(text) <= 500 else f"{text[:500]}..."
 
 
-def _require_unread(problems: list[str], name: str, files: str | None, source_name: str, source: str) -> None:
-    """Files that nobody reads are no oversight to pass over: training would go on with other stories."""
+def _refuse_unread(problems: list[str], name: str, files: str | None, source_name: str, source: str) -> None:
+    # Passed over, they would leave training to go on with other stories.
     if files:
         problems.append(
             f"{name}={_show(files)} is not read with {source_name}={source}; "
@@ -340,13 +340,13 @@ def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list
         if data["source"] == "files" and data[key] is not None and not data[key].strip():
             problems.append(f"data.{key} is empty but data.source=files; give --config.data.{key}=PATH[,PATH or glob]")
         if data["source"] in ("hub", "sample"):
-            _require_unread(problems, f"data.{key}", data[key], "data.source", data["source"])
+            _refuse_unread(problems, f"data.{key}", data[key], "data.source", data["source"])
     if not tokenizer["path"]:
         if tokenizer["source"] == "hub":
             _check_hub(problems, "tokenizer", tokenizer)
         files = tokenizer["train_files"]
         if tokenizer["source"] in ("stories", "hub"):
-            _require_unread(problems, "tokenizer.train_files", files, "tokenizer.source", tokenizer["source"])
+            _refuse_unread(problems, "tokenizer.train_files", files, "tokenizer.source", tokenizer["source"])
         if tokenizer["source"] == "files" and files is not None and not files.strip():
             problems.append(
                 "tokenizer.train_files is empty but tokenizer.source=files; "

@@ -1,5 +1,7 @@
-"""The versions that results depend on, as far as they are there: ours, Python's, the packages', the GPU's driver."""
+"""What results depend on besides code and config: the versions that are there, ours, Python's, the packages', the GPU's
+driver; and variables of the environment."""
 
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -27,6 +29,11 @@ def find_versions(packages: Sequence[str]) -> dict[str, str]:
     if driver := _driver_version():
         found["nvidia-driver"] = driver
     return found
+
+
+def find_settings(prefixes: tuple[str, ...]) -> dict[str, str]:
+    """Returns the environment's variables whose names begin with one of `prefixes`, by name."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
 
 
 def _driver_version() -> str | None:

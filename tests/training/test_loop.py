@@ -236,15 +236,19 @@ def test_the_advice_for_out_of_memory_can_be_followed_in_the_same_workdir(config
     assert train_on(change_section(config, "train", batch_size=2, grad_accum_steps=4), tmp_path).update == 6
 
 
-def test_a_run_that_goes_on_makes_no_second_state(config, tmp_path, monkeypatch):
-    load_block = loop._load_block
+def stopped_before(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function`, before which the process gets a signal to stop."""
 
-    def load_and_be_stopped(*arguments):
+    def act(*arguments):
         signal.raise_signal(signal.SIGTERM)
-        return load_block(*arguments)
+        return function(*arguments)
 
+    return act
+
+
+def test_a_run_that_goes_on_makes_no_second_state(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_load_block", load_and_be_stopped)
+        patch.setattr(loop, "_load_block", stopped_before(loop._load_block))
         assert train_on(config, tmp_path).update == 1
     # A fresh one, beside the one that is restored, would be memory that the run had not needed before.
     monkeypatch.setattr(loop, "init_state", None)
@@ -261,14 +265,8 @@ def test_devices_that_are_not_used_are_told_of(config, tmp_path, monkeypatch, ca
 
 
 def test_a_signal_before_the_first_update_saves_nothing_and_says_so(config, tmp_path, monkeypatch):
-    start = loop._start_or_resume
-
-    def start_and_be_stopped(*arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return start(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_start_or_resume", start_and_be_stopped)
+        patch.setattr(loop, "_start_or_resume", stopped_before(loop._start_or_resume))
         result = train_on(config, tmp_path)
     assert (result.update, result.signal) == (0, signal.SIGTERM)
     assert "before the first update" in result.summary()

@@ -101,6 +101,7 @@ def _read_txt(path: Path) -> Iterator[tuple[int, int, str]]:
         if file.read(len(_BOM)) == _BOM:
             offset = len(_BOM)
         file.seek(offset)
+        begin = offset
         while chunk := file.read(_CHUNK_BYTES):
             *pieces, rest = (rest + chunk).split(separator)
             for piece in pieces:
@@ -112,7 +113,7 @@ def _read_txt(path: Path) -> Iterator[tuple[int, int, str]]:
                 raise _too_long(path, f"byte {offset}")
     if rest.strip():
         story = _decode(rest, path, offset)
-        if offset <= len(_BOM) and len(story) > _MOST_CHARACTERS_ALONE:
+        if offset == begin and len(story) > _MOST_CHARACTERS_ALONE:
             raise UserError(
                 f"{path}: holds no {END_OF_STORY}, so that its {len(story):,} characters would be one story; put "
                 f"{END_OF_STORY} between stories, or give one story a line (.jsonl) or row (.parquet)"

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import shlex
 import sys
@@ -18,7 +17,7 @@ import xxhash
 
 from tinystories_jax.data.folders import read_small_file
 from tinystories_jax.training.run_folder import MAX_JSON_BYTES, set_aside, warn, write_atomically
-from tinystories_jax.versions import find_versions
+from tinystories_jax.versions import find_settings, find_versions
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 # Of those that change what XLA makes of a program.
@@ -63,11 +62,10 @@ def recorded_start(workdir: Path, *, resumed: bool = False) -> Iterator[None]:
     """
     path = workdir / "environment.json"
     command = shlex.join(["python", *sys.argv])
-    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)}
     start: dict[str, Any] = {
         "started": _now(),
         "command": command,
-        "settings": settings,
+        "settings": find_settings(_SETTINGS),
         **dataclasses.asdict(describe_environment()),
     }
     starts = [*_earlier_starts(path, resumed), start]

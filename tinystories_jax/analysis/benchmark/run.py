@@ -24,7 +24,7 @@ from tinystories_jax.analysis.benchmark.train import cheap_rows, measure_train
 from tinystories_jax.config import Config, to_dict
 from tinystories_jax.errors import UserError
 from tinystories_jax.processor import describe_processor
-from tinystories_jax.versions import find_versions
+from tinystories_jax.versions import find_settings, find_versions
 
 MODES = ("train", "decode", "data", "start", "growth")
 _WITH_PEER = ("train", "decode")
@@ -119,7 +119,7 @@ def _describe_machine() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)},
+        "settings": find_settings(_SETTINGS),
         "system": platform.platform(),
         "cpu": describe_processor().get("model name", platform.processor()),
         "cpu_cores": usable,
