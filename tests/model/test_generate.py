@@ -160,6 +160,16 @@ def test_texts_outgrow_the_first_cache(params):
         assert last == texts
 
 
+@pytest.mark.parametrize("num_texts", [1, 2])
+def test_in_bfloat16_texts_outgrow_the_first_cache(params, num_texts, monkeypatch):
+    """One is written from packed matrices, two are not; keys and values are packed for either, on a CPU."""
+    limits = {"end_token": -1, "context_length": 220, "max_new_tokens": 200}
+    grown = write_in_bfloat16(params, PROMPTS[:num_texts], **limits)
+    assert [len(text) for text in grown] == [204, 201][:num_texts]
+    monkeypatch.setattr(generate_module, "_SMALLEST_ROOM", 256)
+    assert write_in_bfloat16(params, PROMPTS[:num_texts], **limits) == grown
+
+
 def test_a_row_is_the_same_alone_and_in_a_batch(params):
     together = write(params, temperature=1.0)
     alone = [
