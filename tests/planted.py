@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from tinystories_jax.data import cache
-from tinystories_jax.model import loss, products, transformer
+from tinystories_jax.evaluation import validation
+from tinystories_jax.model import generate, loss, products, transformer
 from tinystories_jax.training import optim, steps
 
 Patch = Callable[[Any, str, Any], None]  # as setattr and pytest's monkeypatch.setattr
@@ -93,6 +94,16 @@ def kv_cache_off_by_one(patch: Patch) -> None:
     )
 
 
+def cache_forgets_when_it_grows(patch: Patch) -> None:
+    grow = generate.grow_kv_cache
+
+    def forgetful(cache: transformer.KVCache, cache_length: int) -> transformer.KVCache:
+        grown = grow(cache, cache_length)
+        return grown._replace(layers=jax.tree.map(jnp.zeros_like, grown.layers))
+
+    patch(generate, "grow_kv_cache", forgetful)
+
+
 def packed_halves_swapped(patch: Patch) -> None:
     unpack = products._unpack
     patch(products, "_unpack", lambda packed: unpack(packed)[::-1])
@@ -110,6 +121,38 @@ def large_embeddings(patch: Patch) -> None:
 
 def parameters_not_updated(patch: Patch) -> None:
     patch(steps.optax, "apply_updates", lambda params, updates: params)
+
+
+def attention_not_updated(patch: Patch) -> None:
+    """The optimizer's updates are applied to all parameters but those of the attention."""
+
+    apply_updates = optax.apply_updates
+
+    def apply_others(params: Any, updates: Any) -> Any:
+        updated: Any = apply_updates(params, updates)
+        layers = {
+            index: {**layer, "self_attn": params["layers"][index]["self_attn"]}
+            for index, layer in updated["layers"].items()
+        }
+        return {**updated, "layers": layers}
+
+    patch(steps.optax, "apply_updates", apply_others)
+
+
+def attention_without_gradient(patch: Patch) -> None:
+    """Queries, keys and values learn nothing, and are moved by the decay of weights alone."""
+    causal_attention = transformer.causal_attention
+    patch(transformer, "causal_attention", lambda *arrays: jax.lax.stop_gradient(causal_attention(*arrays)))
+
+
+def validation_shifted(patch: Patch) -> None:
+    """Validation asks for token t + 2."""
+    losses_and_hits = validation.losses_and_hits
+
+    def shifted(hidden_BTD: jax.Array, output_DV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return losses_and_hits(hidden_BTD, output_DV, jnp.roll(targets_BT, -1, axis=1))
+
+    patch(validation, "losses_and_hits", shifted)
 
 
 def no_end_tokens(patch: Patch) -> None:

@@ -388,8 +388,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("optim.min_learning_rate", 0.0, 10.0),
     ("optim.warmup_updates", 0, 1_000_000_000),
     ("optim.weight_decay", 0.0, 10.0),
-    ("optim.beta1", 0.0, 0.99999),
-    ("optim.beta2", 0.0, 0.99999),
+    ("optim.beta1", 0.0, 0.9999),
+    ("optim.beta2", 0.5, 0.99999),  # below, Adam divides by hardly more than the gradient itself, and diverges
     ("optim.max_grad_norm", 1e-6, 1e9),
     ("optim.muon_learning_rate", 0.0, 10.0),
     ("optim.muon_momentum", 0.0, 0.99999),

@@ -136,6 +136,13 @@ def test_without_data_what_needs_it_is_skipped_with_the_reason(config, tmp_path)
         (planted.labels_shifted_twice, "target shift", "token t + 2"),
         (planted.no_causal_mask, "causality", "tokens that come after"),
         (planted.large_embeddings, "loss at initialisation", "initialisation"),
+        (planted.validation_shifted, "target shift", "asks for other tokens than training teaches"),
+        (planted.attention_not_updated, "overfit", "layers.0.self_attn"),
+        (
+            planted.attention_without_gradient,
+            "overfit",
+            "layers.0.self_attn.k_proj.kernel, layers.0.self_attn.q_proj.kernel",
+        ),
         (planted.gradients_summed, "accumulation", "averaged"),
         (planted.schedule_of_half_the_length, "schedule", "does not fit the run"),
         (planted.kv_cache_off_by_one, "decode parity", "KV cache"),
@@ -200,6 +207,21 @@ def test_a_fault_of_writing_in_bfloat16_alone_is_found(config, tmp_path, plant):
     assert figures["largest_difference"] < 1e-3
     assert figures["greedy_tokens_that_differ"] == 0
     assert min(figures["largest_difference_rounded"].values()) > 0.2
+
+
+def test_a_fault_of_caches_that_grow_is_found(config, plant):
+    plant(planted.cache_forgets_when_it_grows)
+    long = doctor._complete(change(config, "data", sequence_length=160), None)
+    check = logits_checks.check_decode_parity(long)
+    assert check.outcome == Outcome.FAIL
+    assert check.figures["largest_difference"] < 1e-3
+    assert check.figures["greedy_tokens_that_differ"] > 0
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 9, 13])
+def test_short_contexts_can_be_known_by_heart(config, length):
+    short = doctor._complete(change(config, "data", sequence_length=length), None)
+    assert learning_checks.check_overfit(short).outcome == Outcome.PASS
 
 
 def test_what_is_not_a_number_never_passes(config, plant):

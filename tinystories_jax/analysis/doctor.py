@@ -126,7 +126,7 @@ def _plan_model_checks(config: Config, data: PreparedData | None, why_no_data: s
         _Planned("target shift", lambda: check_target_shift(config, block, tokenizer)),
         _Planned("causality", lambda: check_causality(config)),
         _Planned("loss at initialisation", lambda: check_initial_loss(config, block, why_no_data)),
-        _Planned("overfit", lambda: check_overfit(config, block)),
+        _Planned("overfit", lambda: check_overfit(config)),
         _Planned("accumulation", lambda: check_accumulation(config)),
         _Planned("schedule", lambda: check_schedule(config), missing=unknown),
         # A forward that sees the future has no counterpart in decoding.

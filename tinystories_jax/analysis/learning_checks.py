@@ -20,6 +20,7 @@ from tinystories_jax.analysis.small_copy import (
 )
 from tinystories_jax.config import Config, ModelConfig, OptimConfig, Schedule
 from tinystories_jax.data.tokenizer import StoryTokenizer
+from tinystories_jax.evaluation.validation import sum_over_tokens
 from tinystories_jax.training import optim, steps
 
 _VOCAB_SIZE = 160
@@ -27,18 +28,23 @@ _ROWS = 8
 _CYCLE = 61  # tokens; prime, so that no offset is confounded with another
 _SHIFT_UPDATES = 80
 _OVERFIT_UPDATES = 200
-_SHORTEST_OF_TWO = 16  # tokens; two rows that begin alike cannot both be known by heart where they part
+_OVERFIT_ROWS = 2
+_REPEATED_EVERY = 4  # tokens; what follows the repeated one is known by what stands before it alone
 _MOST_MICRO_BATCHES = 64
 _NO_CLIP = 1e9
 _SHIFT_SHARE_BOUND = 0.9
+_EVALUATED_TOKENS = 1_024
+_EVALUATION_BOUND = 0.25  # nats per token; one more or one less of a shift costs more than the ln 61 of a guess
 _INITIAL_LOSS_BOUND = 0.02  # relative
 _OVERFIT_BOUND = 0.1  # nats per token
+_UNTRAINED_BOUND = 1e-5  # of the array's norm; float32 keeps 6e-8 of each value, an update moves it by 1e-3 or more
 _ACCUMULATION_BOUND = 1e-3  # relative
 _SCHEDULE_BOUND = 1e-3  # of the peak
 
 
 def check_target_shift(config: Config, block: np.ndarray | None, tokenizer: StoryTokenizer | None) -> Check:
     """Trains on a cycle of tokens, on which every offset can be learnt, and measures which one is: it must be +1.
+    Validation, on that cycle, must measure the loss that training reached.
 
     `block` is a real micro-batch, shown as text at the offset found.
     """
@@ -48,7 +54,9 @@ def check_target_shift(config: Config, block: np.ndarray | None, tokenizer: Stor
     length = small.data.sequence_length
     starts = random.randint(0, _CYCLE, (_SHIFT_UPDATES, _ROWS, 1))
     blocks = cycle[(starts + np.arange(length + 1)) % _CYCLE].astype(np.int32)
-    state, _ = _run(small, blocks, jnp.zeros(_VOCAB_SIZE, bool))
+    state, metrics = _run(small, blocks, jnp.zeros(_VOCAB_SIZE, bool))
+    trained = float(metrics.loss[-1])
+    validated = _validation_loss(state.params, np.resize(cycle, _EVALUATED_TOKENS), small)
     inputs_BT = blocks[0, :, :-1]
     logits_BTV = jit_forward(small)(state.params, inputs_BT)
     place_V = np.full(_VOCAB_SIZE, -1)
@@ -58,24 +66,39 @@ def check_target_shift(config: Config, block: np.ndarray | None, tokenizer: Stor
     counts = np.bincount(offsets_BT[predicted_BT >= 0], minlength=_CYCLE)
     offset, share = int(counts.argmax()), float(counts.max() / inputs_BT.size)
     offset -= _CYCLE * (offset > _CYCLE // 2)
-    meaning = (
-        f"no offset was learnt (at best {offset:+} at {share:.0%} of the positions): the loss does not teach what "
-        "comes next, or this optimizer does not get there"
-        if share < _SHIFT_SHARE_BOUND
-        else f"position t is trained to predict token t {'-' if offset < 0 else '+'} {abs(offset)} instead of t + 1: "
-        "the labels are shifted in more than one place, or in none. Such a model drops articles and other small words, "
-        "without any error. Shift in train_step alone."
-    )
+    if share < _SHIFT_SHARE_BOUND:
+        meaning = (
+            f"no offset was learnt (at best {offset:+} at {share:.0%} of the positions): the loss does not teach what "
+            "comes next, or this optimizer does not get there"
+        )
+    elif offset != 1:
+        meaning = (
+            f"position t is trained to predict token t {'-' if offset < 0 else '+'} {abs(offset)} instead of t + 1: "
+            "the labels are shifted in more than one place, or in none. Such a model drops articles and other small "
+            "words, without any error. Shift in train_step alone."
+        )
+    else:
+        meaning = (
+            f"validation measures {validated:.2f} nats on what training learnt to {trained:.2f}: it asks for other "
+            "tokens than training teaches, or weighs them otherwise. See eval_batches and eval_step."
+        )
     return judge(
         "target shift",
-        offset == 1 and share >= _SHIFT_SHARE_BOUND,
-        f"{offset:+} at {share:.0%} of the positions",
-        f"+1 at {_SHIFT_SHARE_BOUND:.0%} or more",
+        offset == 1 and share >= _SHIFT_SHARE_BOUND and abs(validated - trained) <= _EVALUATION_BOUND,
+        f"{offset:+} at {share:.0%} of the positions; loss {trained:.3f}, by validation {validated:.3f}",
+        f"+1 at {_SHIFT_SHARE_BOUND:.0%} or more; {_EVALUATION_BOUND} nats apart",
         on_fail=meaning,
         remark=describe(small),
-        figures={"offset": offset, "share": share},
+        figures={"offset": offset, "share": share, "training_loss": trained, "validation_loss": validated},
         details=_show_pairs(block, tokenizer, offset),
     )
+
+
+def _validation_loss(params: Any, tokens: np.ndarray, config: Config) -> float:
+    no_articles_AV = jnp.zeros((1, config.model.vocab_size), bool)
+    whole = dataclasses.replace(config, eval=dataclasses.replace(config.eval, max_batches=0))
+    sums = sum_over_tokens(params, tokens, whole, no_articles_AV)
+    return float(sums.loss / sums.num_tokens)
 
 
 def _show_pairs(block: np.ndarray | None, tokenizer: StoryTokenizer | None, offset: int) -> tuple[str, ...]:
@@ -120,30 +143,55 @@ def _expected_initial_loss(model: ModelConfig) -> float:
     return math.log(model.vocab_size) + variance / 2
 
 
-def check_overfit(config: Config, block: np.ndarray | None) -> Check:
-    """Trains on one micro-batch until it is known by heart: gradients and optimizer do their work."""
-    num_rows = 1 if config.data.sequence_length < _SHORTEST_OF_TWO else 2
-    small = shrink(config, vocab_size=config.model.vocab_size, num_updates=_OVERFIT_UPDATES, rows=num_rows)
-    rows = rows_of(config, block)[:num_rows, : small.data.sequence_length + 1]
+def check_overfit(config: Config) -> Check:
+    """Trains on two rows until they are known by heart: gradients and optimizer do their work, on every parameter.
+
+    No token of the rows stands twice, but for one that comes again and again in both: what follows it is told by
+    attention alone. So the rows can be known by heart, however short the context, which not all rows of stories can.
+    """
+    small = shrink(config, vocab_size=config.model.vocab_size, num_updates=_OVERFIT_UPDATES, rows=_OVERFIT_ROWS)
+    size = (_OVERFIT_ROWS, small.data.sequence_length + 1)
+    rows = 1 + np.random.RandomState(5).permutation(small.model.vocab_size - 1)[: math.prod(size)].reshape(size)
+    rows[:, 1::_REPEATED_EVERY] = rows[0, 1]
     state, train_step = start(small)
+    before = jax.device_get(state.params)
     no_articles_V = jnp.zeros(small.model.vocab_size, bool)
     loss, updates = math.inf, 0
     while updates < _OVERFIT_UPDATES and not loss < _OVERFIT_BOUND:
         for _ in range(10):
-            state, metrics = train_step(state, rows, no_articles_V)
+            state, metrics = train_step(state, rows.astype(np.int32), no_articles_V)
         updates, loss = updates + 10, float(metrics.loss)
+    untrained = _untrained(before, jax.device_get(state.params))
     return judge(
         "overfit",
-        loss < _OVERFIT_BOUND,
-        f"{loss:.4f} nats after {updates} updates",
-        f"below {_OVERFIT_BOUND} within {_OVERFIT_UPDATES} updates",
-        on_fail="a model that cannot learn a row or two by heart learns nothing else: gradients do not reach all "
+        loss < _OVERFIT_BOUND and not untrained,
+        f"{loss:.4f} nats after {updates} updates; {len(untrained)} arrays not trained",
+        f"below {_OVERFIT_BOUND} within {_OVERFIT_UPDATES} updates; 0",
+        on_fail=f"no gradient reaches {', '.join(untrained[:4])}, or the optimizer does not apply it: such arrays keep "
+        "the values they were drawn with, but for the decay of weights. See train_step and make_optimizer."
+        if untrained
+        else "a model that cannot learn two rows by heart learns nothing else: gradients do not reach all "
         "parameters, the optimizer does not apply them, or it holds them back; compare "
-        f"optim.max_grad_norm={config.optim.max_grad_norm}, optim.beta1={config.optim.beta1} and "
-        f"optim.weight_decay={config.optim.weight_decay} with those of configs/top10k.py.",
-        remark=f"{num_rows} rows, {describe(small)}",
-        figures={"loss": loss, "updates": updates},
+        f"optim.max_grad_norm={config.optim.max_grad_norm}, optim.beta1={config.optim.beta1}, "
+        f"optim.beta2={config.optim.beta2} and optim.weight_decay={config.optim.weight_decay} with those of "
+        "configs/top10k.py.",
+        remark=f"{_OVERFIT_ROWS} rows, {describe(small)}",
+        figures={"loss": loss, "updates": updates, "untrained": untrained},
     )
+
+
+def _untrained(before: Any, after: Any) -> list[str]:
+    """Returns the names of the arrays that training left as they were, or only made smaller or larger as a whole, as
+    the decay of weights does."""
+    found = []
+    for (path, was), is_now in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        change = is_now.astype(np.float64) - was
+        # What is left of the change beside its part along the array itself; a vector of ones is not decayed.
+        if was.ndim > 1:
+            change -= was * (np.vdot(change, was) / np.vdot(was, was))
+        if np.linalg.norm(change) <= _UNTRAINED_BOUND * np.linalg.norm(was):
+            found.append(jax.tree_util.keystr(path, simple=True, separator="."))
+    return found
 
 
 def check_accumulation(config: Config) -> Check:

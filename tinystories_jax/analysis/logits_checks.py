@@ -26,7 +26,9 @@ from tinystories_jax.training import optim, steps
 _VOCAB_SIZE = 160
 _CUTS = 24  # places at which what comes after is changed
 _GRADIENTS = 8  # places whose logits are differentiated
-_NEW_TOKENS = 8
+_NEW_TOKENS = 8  # whose logits are compared one by one
+_GREEDY_TOKENS = 72  # more than the first cache of `generate` has room for
+_EMBEDDING_SCALE = 0.05
 _PARITY_BOUND = 1e-3  # of the largest logit
 _ROUNDED_BOUND = 0.05  # the same, with matrices and cache in bf16, and of many texts or on a GPU the activations
 _MANY_TEXTS = 32  # enough for what only many are written with (model/generate.py)
@@ -85,7 +87,7 @@ def check_causality(config: Config) -> Check:
 
 def check_decode_parity(config: Config) -> Check:
     """Compares the logits of prefill + cached decoding with those of the full forward, for prompts of unequal length,
-    and what `generate` writes greedily with the forward's own first choices: exactly, in float32.
+    and what `generate` writes greedily with the forward's own first choices, in float32, over a cache that grows.
 
     Then the logits once more as `generate` writes one text, a few and many in the config's own dtype.
     """
@@ -93,15 +95,19 @@ def check_decode_parity(config: Config) -> Check:
     small = shrink(exact, vocab_size=_VOCAB_SIZE, context=LONGEST_CONTEXT)
     model, context = small.model, small.data.sequence_length
     params = sharpen(transformer.init_params(model, jax.random.key(4)))
+    # So that the texts before a token, not the token itself, tell what is written next.
+    params["embed_tokens"] = {"embedding": params["embed_tokens"]["embedding"] * _EMBEDDING_SCALE}
     new_tokens = min(_NEW_TOKENS, context - 1)
-    lengths_B = np.array(sorted({1, (context - new_tokens) // 3 + 1, context - new_tokens}), np.int32)
+    greedy_tokens = min(_GREEDY_TOKENS, max(new_tokens, context * 2 // 3))
+    lengths_B, greedy_lengths_B = _prompt_lengths(context, new_tokens), _prompt_lengths(context, greedy_tokens)
     tokens_BT = np.random.RandomState(4).randint(1, _VOCAB_SIZE, (len(lengths_B), context)).astype(np.int32)
     with jax.default_matmul_precision("highest"):
         forward = jit_forward(small)
         full_BTV = np.asarray(forward(params, tokens_BT))
         texts = (tokens_BT, lengths_B, full_BTV)
         largest = _decode_difference(params, texts, new_tokens, generate.decode_form(model, len(lengths_B)))
-        disagreeing = _greedy_disagreements(params, tokens_BT, lengths_B, new_tokens, small, forward)
+        prompts_BT = tokens_BT[: len(greedy_lengths_B)]
+        disagreeing = _greedy_disagreements(params, prompts_BT, greedy_lengths_B, greedy_tokens, small, forward)
         rounded = {}
         if config.model.dtype != "float32":
             own = dataclasses.replace(model, dtype=config.model.dtype)
@@ -132,6 +138,11 @@ def check_decode_parity(config: Config) -> Check:
     )
 
 
+def _prompt_lengths(context: int, new_tokens: int) -> np.ndarray:
+    """Returns up to three lengths, the longest with just enough room for `new_tokens`."""
+    return np.array(sorted({1, (context - new_tokens) // 3 + 1, context - new_tokens}), np.int32)
+
+
 def _decode_difference(
     params: transformer.Params,
     texts: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -139,17 +150,23 @@ def _decode_difference(
     form: generate.DecodeForm,
 ) -> float:
     """Returns the largest difference of logits after the prompts, and after each of `new_tokens` - 1 tokens more, as a
-    share of the largest logit; `texts` are tokens_BT, the prompts' lengths_B, and full_BTV, the forward's logits."""
+    share of the largest logit; `texts` are tokens_BT, the prompts' lengths_B, and full_BTV, the forward's logits.
+
+    The cache has room for half of the tokens at first, and grows when it is full."""
     tokens_BT, lengths_B, full_BTV = texts
     context, rows = tokens_BT.shape[1], np.arange(len(lengths_B))
     weights = transformer.decode_weights(params, form.config, rounded_to=form.rounded_to, kept_as=form.kept_as)
-    cache_form = {"cache_length": context + new_tokens, "packs_cache": form.packs_cache}
+    first_room = (new_tokens + 1) // 2
+    cache_form = {"cache_length": context + first_room, "packs_cache": form.packs_cache}
     prefill = jax.jit(functools.partial(transformer.prefill, config=form.config, **cache_form))
     decode_step = jax.jit(functools.partial(transformer.decode_step, config=form.config))
     prompts_BT = np.where(np.arange(context)[None] < lengths_B[:, None], tokens_BT, END_OF_STORY_ID)
     logits_BV, cache = prefill(weights, prompts_BT, jnp.asarray(lengths_B))
     differences = [np.abs(logits_BV - full_BTV[rows, lengths_B - 1]).max()]
+    grow = jax.jit(functools.partial(transformer.grow_kv_cache, cache_length=context + new_tokens))
     for step in range(new_tokens - 1):
+        if step == first_room:
+            cache = grow(cache)
         positions_B = lengths_B + step
         logits_BV, cache = decode_step(weights, tokens_BT[rows, positions_B], jnp.asarray(positions_B), cache)
         differences.append(np.abs(logits_BV - full_BTV[rows, positions_B]).max())

@@ -94,16 +94,7 @@ def validate(
     (ln 2 x UTF-8 bytes), tokens and bytes of the whole split.
     """
     articles_AV = jnp.stack([article_mask(ids, config.model.vocab_size) for ids in article_forms.values()])
-    sums: list[EvalSums] = []
-    batches = eval_batches(
-        cache.tokens, batch_size=config.train.batch_size, sequence_length=config.data.sequence_length
-    )
-    for index, (block, weights_BT) in enumerate(batches):
-        if config.eval.max_batches and index >= config.eval.max_batches:
-            break
-        sums.append(eval_step(params, block, weights_BT, articles_AV, config=config.model))
-    # One transfer for all batches; summed in float64, so that no batch is lost in a large float32 sum.
-    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
+    total = sum_over_tokens(params, cache.tokens, config, articles_AV)
     per_article = np.stack([total.loss_A, total.probability_A, total.hits_A, total.num_targets_A], axis=1)
     loss = total.loss / total.num_tokens
     manifest = cache.manifest
@@ -114,6 +105,20 @@ def validate(
         all_articles=_article_scores(per_article.sum(axis=0)),
         articles={article: _article_scores(row) for article, row in zip(article_forms, per_article, strict=True)},
     )
+
+
+def sum_over_tokens(params: Params, tokens: np.ndarray, config: Config, articles_AV: jax.Array) -> EvalSums:
+    """Returns the sums over `tokens`, integers in one dimension, or over their first `eval.max_batches` batches when
+    that is not 0; in NumPy's float64. Row A of `articles_AV` is as in `eval_step`.
+    """
+    sums: list[EvalSums] = []
+    batches = eval_batches(tokens, batch_size=config.train.batch_size, sequence_length=config.data.sequence_length)
+    for index, (block, weights_BT) in enumerate(batches):
+        if config.eval.max_batches and index >= config.eval.max_batches:
+            break
+        sums.append(eval_step(params, block, weights_BT, articles_AV, config=config.model))
+    # One transfer for all batches; summed in float64, so that no batch is lost in a large float32 sum.
+    return jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
 
 
 @contextlib.contextmanager
