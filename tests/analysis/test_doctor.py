@@ -19,6 +19,7 @@ from tinystories_jax.analysis.check import Check, Outcome, summarize, to_json
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import PreparedData, find_data, prepare_data
 from tinystories_jax.errors import UserError
+from tinystories_jax.training import memory
 
 ALL = [
     *("tokenizer and cache", "data", "target shift", "causality", "loss at initialisation", "overfit", "accumulation"),
@@ -317,14 +318,47 @@ def test_too_little_room_for_the_checkpoints_is_found(config, tmp_path, monkeypa
     assert "--config.checkpoint.keep" in the_failed(checks).note
 
 
+FITS = "this fits: --config.train.batch_size=2 --config.train.grad_accum_steps=4"
+
+
+def check_memory(config: Config, tmp_path: Path) -> Check:
+    return machine_checks.check_machine(doctor._complete(config, None), tmp_path, measure_memory=True)
+
+
 def test_memory_that_does_not_suffice_is_found_with_the_micro_batch_that_fits(config, monkeypatch, tmp_path):
-    config = doctor._complete(config, None)
-    needed = machine_checks.step_memory(config, 4).total_bytes
-    monkeypatch.setattr(machine_checks, "device_memory_bytes", lambda: needed - 1)
-    check = machine_checks.check_machine(config, tmp_path, measure_memory=True)
+    needed = memory.step_memory(doctor._complete(config, None), 4).total_bytes
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda: needed - 1)
+    check = check_memory(config, tmp_path)
     assert check.outcome == Outcome.FAIL
-    assert check.figures["largest_micro_batch"] == 3
-    assert "--config.train.batch_size=2 --config.train.grad_accum_steps=4" in check.note
+    assert FITS in check.note
+
+
+@pytest.mark.parametrize(("first_too_large", "said"), [(4, FITS), (1, "no smaller micro-batch fits")])
+def test_a_step_too_large_to_compile_is_found_with_what_fits(config, monkeypatch, tmp_path, first_too_large, said):
+    monkeypatch.setattr(memory, "compile_step", compile_below(first_too_large))
+    check = check_memory(config, tmp_path)
+    assert check.outcome == Outcome.FAIL
+    assert check.note.startswith("compiling a step of train.batch_size=4")
+    assert said in check.note
+
+
+def test_one_row_that_fits_alone_is_no_problem(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "compile_step", compile_below(2))
+    check = check_memory(change(config, "train", batch_size=1), tmp_path)
+    assert check.outcome == Outcome.PASS
+    assert check.figures["largest_micro_batch"] == 1
+
+
+def compile_below(first_too_large: int) -> Callable[[Config, int], Any]:
+    """Returns `compile_step` of a device on which so many rows or more are too large to compile."""
+    compile_step = memory.compile_step
+
+    def compile_or_fail(config: Config, rows: int) -> Any:
+        if rows >= first_too_large:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        return compile_step(config, rows)
+
+    return compile_or_fail
 
 
 # ---- the scripts

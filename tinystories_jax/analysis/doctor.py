@@ -31,6 +31,7 @@ from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data
 from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.training.checkpoint import require_checkpoints
+from tinystories_jax.training.memory import SMALLER
 
 _NO_DATA = "no token cache yet: python scripts/prepare.py with the same --config flags builds it"
 _CACHE = "tokenizer and cache"
@@ -173,8 +174,8 @@ def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            ways_out = "a smaller model, or a shorter --config.data.sequence_length"
-            note = f"the model, or one row of this context, does not fit: try {ways_out}"
+            # Of the checks at full size: the machine's, which compiles the rows of a micro-batch, does not raise it.
+            note = f"the model, or a row of this context, does not fit; try {SMALLER}"
             check = Check(name, Outcome.FAIL, "out of memory", note=note)
         if check.outcome == Outcome.FAIL:
             failed.add(name)

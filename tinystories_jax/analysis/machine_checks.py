@@ -14,9 +14,9 @@ from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
 from tinystories_jax.evaluation.validation import validate
+from tinystories_jax.training import memory
 from tinystories_jax.training.checkpoint import checkpoint_bytes, max_checkpoints, restore_params
 from tinystories_jax.training.jsonl import read_jsonl
-from tinystories_jax.training.memory import device_memory_bytes, step_memory
 from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
 
 _OLDEST_DRIVER = 525  # the first that runs CUDA 12
@@ -39,10 +39,9 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
         )
     remark = ""
     if measure_memory:
-        problem, of_memory = _memory(config)
+        problem, remark, of_memory = _memory(config)
         problems += problem
         figures |= of_memory
-        remark = _describe_memory(of_memory)
     speed = f"{peak / 1e12:.0f} TFLOP/s in bf16" if peak else "bf16 peak unknown"
     if device.platform == "gpu":
         speed += f", driver {_nvidia_driver()}"
@@ -105,35 +104,37 @@ def _free_disk(workdir: Path) -> int:
     return shutil.disk_usage(_nearest_folder(workdir)).free
 
 
-def _memory(config: Config) -> tuple[list[str], dict[str, int]]:
-    """Returns the problem, if any, and the figures of the memory that training needs on this device."""
+def _memory(config: Config) -> tuple[list[str], str, dict[str, int | None]]:
+    """Returns the problem, if any, else a remark, and the figures of the memory that training needs on this device."""
+    rows, limit = config.train.batch_size, memory.device_memory_bytes()
+    needed = memory.try_step_bytes(config, rows)
+    figures = {"memory_needed_bytes": needed, "memory_limit_bytes": limit}
+    if needed is None or needed > limit:
+        step = f"a step of train.batch_size={rows}"
+        told = f"compiling {step} takes more memory than is free" if needed is None else f"{step} needs {_gb(needed)}"
+        return [f"{told}, the device has {_gb(limit)}; {memory.advise_what_fits(config)}"], "", figures
+    largest = _largest_micro_batch(config, needed, limit)
+    remark = (
+        f"a step needs {_gb(needed)} by XLA's own count, the device has {_gb(limit)}; micro-batches of up to about "
+        f"{largest:,} rows fit"
+    )
+    return [], remark, figures | {"largest_micro_batch": largest}
+
+
+def _largest_micro_batch(config: Config, needed: int, limit: int) -> int:
+    """Returns the rows that fit, from the bytes `needed` by those of `config` and from what another number needs."""
     rows = config.train.batch_size
     other_rows = rows // 2 if rows > 1 else 2
-    needed, by_others = step_memory(config, rows).total_bytes, step_memory(config, other_rows).total_bytes
+    needed_by_others = memory.try_step_bytes(config, other_rows)
+    if needed_by_others is None:
+        return rows
     # What a row takes is the same for every row.
-    per_row = (needed - by_others) / (rows - other_rows)
-    limit = device_memory_bytes()
-    largest = int((limit - (needed - per_row * rows)) / max(per_row, 1))
-    figures = {"memory_needed_bytes": needed, "memory_limit_bytes": limit, "largest_micro_batch": largest}
-    if needed <= limit:
-        return [], figures
-    per_update = rows * config.train.grad_accum_steps
-    fitting = max((size for size in range(1, min(largest, per_update) + 1) if per_update % size == 0), default=0)
-    advice = (
-        f"--config.train.batch_size={fitting} --config.train.grad_accum_steps={per_update // fitting}, the same update"
-        if fitting
-        else "not even one row fits; give a smaller model or a shorter --config.data.sequence_length"
-    )
-    step = f"a step of train.batch_size={rows} needs {needed / 1e9:.1f} GB"
-    return [f"{step}, the device has {limit / 1e9:.1f} GB: {advice}"], figures
+    per_row = (needed - needed_by_others) / (rows - other_rows)
+    return int((limit - (needed - per_row * rows)) / max(per_row, 1))
 
 
-def _describe_memory(figures: dict[str, int]) -> str:
-    return (
-        f"a step needs {figures['memory_needed_bytes'] / 1e9:.2f} GB by XLA's own count, the device has "
-        f"{figures['memory_limit_bytes'] / 1e9:.1f} GB; the largest micro-batch that fits has "
-        f"{figures['largest_micro_batch']:,} rows"
-    )
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def check_checkpoint(data: PreparedData | None, run: Path, why_no_data: str = "") -> Check:

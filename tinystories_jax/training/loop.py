@@ -36,7 +36,7 @@ from tinystories_jax.signals import StopSignals
 from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.jsonl import JsonLines
-from tinystories_jax.training.memory import fitting_micro_batch
+from tinystories_jax.training.memory import advise_what_fits
 from tinystories_jax.training.meta import History, Meta, NotFiniteError
 from tinystories_jax.training.meter import Meter
 from tinystories_jax.training.metrics import MetricsLog, ProgressLine
@@ -353,14 +353,4 @@ def _explain_out_of_memory(config: Config) -> Iterator[None]:
             raise
         what = f"out of memory on {jax.devices()[0].device_kind} with train.batch_size={config.train.batch_size}"
         print(f"{what}; compiling smaller micro-batches to see which fits", file=sys.stderr, flush=True)
-        fitting = fitting_micro_batch(config)
-        if fitting is None:
-            raise UserError(
-                f"{what}, and no smaller micro-batch fits; try a smaller model, a shorter "
-                "--config.data.sequence_length, or --config.model.remat=True"
-            ) from error
-        raise UserError(
-            f"{what}; this fits: --config.train.batch_size={fitting[0]} --config.train.grad_accum_steps={fitting[1]}, "
-            "the same update in smaller pieces, in another --workdir if this one has checkpoints; or try "
-            "--config.model.remat=True, slower"
-        ) from error
+        raise UserError(f"{what}; {advise_what_fits(config)}") from error

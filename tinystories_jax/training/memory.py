@@ -14,6 +14,8 @@ from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state, make_train_step
 
+SMALLER = "a smaller model or a shorter --config.data.sequence_length"  # what is left where one row does not fit
+
 
 @dataclass(frozen=True)
 class StepMemory:
@@ -56,19 +58,38 @@ def device_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def try_step_bytes(config: Config, rows: int) -> int | None:
+    """Returns the bytes that `train_step` needs for micro-batches of `rows` rows; None where compiling it takes more
+    memory than there is."""
+    try:
+        return step_memory(config, rows).total_bytes
+    except jax.errors.JaxRuntimeError as error:  # compiling tries kernels out, in what memory is left
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def advise_what_fits(config: Config) -> str:
+    """Returns what to do where the step of `config` does not fit, after compiling smaller micro-batches."""
+    fitting = fitting_micro_batch(config)
+    if fitting is None:
+        return f"no smaller micro-batch fits; try {SMALLER}, or --config.model.remat=True"
+    return (
+        f"this fits: --config.train.batch_size={fitting[0]} --config.train.grad_accum_steps={fitting[1]}, "
+        "the same update in smaller pieces, in another --workdir if this one has checkpoints; or try "
+        "--config.model.remat=True, slower"
+    )
+
+
 def fitting_micro_batch(config: Config) -> tuple[int, int] | None:
     """Returns the rows and the number of the largest smaller micro-batches that make the same update and fit.
 
     None where not even one row fits. Each is about half of the one before, and compiled to be sure.
     """
+    limit = device_memory_bytes()
     for rows, micro_steps in smaller_micro_batches(config):
-        try:
-            needed = step_memory(config, rows).total_bytes
-        except jax.errors.JaxRuntimeError as error:  # compiling tries kernels out, in what memory is left
-            if not is_out_of_memory(error):
-                raise
-            continue
-        if needed <= device_memory_bytes():
+        needed = try_step_bytes(config, rows)
+        if needed is not None and needed <= limit:
             return rows, micro_steps
     return None
 
