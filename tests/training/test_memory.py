@@ -1,7 +1,9 @@
-"""The micro-batch that fits, by XLA's own analysis and a planted limit of the device."""
+"""The micro-batch that fits, by XLA's own analysis and a planted limit of the device; the limits of control groups."""
 
 import dataclasses
+from pathlib import Path
 
+import jax
 import pytest
 
 from tests.tiny import make_tiny_config
@@ -31,3 +33,34 @@ def test_the_largest_of_the_halved_micro_batches_that_fits_is_named(monkeypatch)
 )
 def test_smaller_micro_batches_make_the_same_update(batch_size, micro_steps, expected):
     assert list(memory.smaller_micro_batches(make_config(batch_size, micro_steps))) == expected
+
+
+def plant_files(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+VERSION_2, VERSION_1 = "0::/user/job\n", "9:name=systemd:/\n4:cpu,memory:/user/job\n0::/\n"
+TREE_2, TREE_1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU says how much memory it has")
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        (VERSION_2, {f"{TREE_2}/user/job/memory.max": "3000\n", f"{TREE_2}/user/memory.max": "5000\n"}, 3000),
+        (VERSION_2, {f"{TREE_2}/user/job/memory.max": "max\n", f"{TREE_2}/user/memory.max": "5000\n"}, 5000),
+        (VERSION_2, {f"{TREE_2}/memory.max": "4000\n"}, 4000),
+        (VERSION_1, {f"{TREE_1}/user/job/memory.limit_in_bytes": "2000\n", f"{TREE_2}/memory.max": "max"}, 2000),
+        (VERSION_1, {f"{TREE_1}/memory.limit_in_bytes": "6000\n"}, 6000),
+        (VERSION_1, {f"{TREE_1}/memory.limit_in_bytes": f"{2**63 - 4096}\n"}, None),
+        (VERSION_2, {f"{TREE_2}/user/job/memory.max": "max\n"}, None),
+        (VERSION_2, {f"{TREE_2}/other/memory.max": "1000\n"}, None),
+    ],
+)
+def test_the_memory_is_the_smallest_limit_of_the_control_groups(monkeypatch, tmp_path, groups, limits, expected):
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    whole = memory.device_memory_bytes()
+    plant_files(tmp_path, {"proc/self/cgroup": groups, **limits})
+    assert memory.device_memory_bytes() == (expected or whole)

@@ -1,8 +1,10 @@
 """What the real `train_step` needs of the device's memory, by XLA's own analysis; it is compiled and nothing is run."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state, make_train_step
 
+_ROOT = Path("/")
 SMALLER = "a smaller model or a shorter --config.data.sequence_length"  # what is left where one row does not fit
 
 
@@ -51,11 +54,36 @@ def step_memory(config: Config, rows: int) -> StepMemory:
 
 
 def device_memory_bytes() -> int:
-    """Returns the memory that this device lets a program use; the machine's where the device does not say."""
+    """Returns the memory that this device lets a program use; where the device does not say, the machine's, or what
+    the system lets this process have of it."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_control_group_limits()])
+
+
+def _control_group_limits() -> Iterator[int]:
+    """Yields the memory limits of this process's control groups, as containers have them, and of all groups above.
+
+    Linux says in /proc/self/cgroup which groups these are: `0::GROUP` of version 2, `NUMBER:memory:GROUP` of version 1.
+    In a container its own group may stand at the root and those above out of sight: what cannot be read is no limit.
+    """
+    try:
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, group = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            tree, limit = _ROOT / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        elif number == "0":
+            tree, limit = _ROOT / "sys/fs/cgroup", "memory.max"
+        else:
+            continue
+        for folder in (PurePosixPath(group), *PurePosixPath(group).parents):
+            # Of version 2 the text is "max" where there is no limit.
+            with contextlib.suppress(OSError, ValueError):
+                yield int((tree / folder.relative_to("/") / limit).read_text())
 
 
 def try_step_bytes(config: Config, rows: int) -> int | None:
