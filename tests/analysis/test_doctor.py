@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import PreparedData, find_data, prepare_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import memory
+from tinystories_jax.training.checkpoint import checkpoint_bytes, max_checkpoints
 
 ALL = [
     *("tokenizer and cache", "data", "target shift", "causality", "loss at initialisation", "overfit", "accumulation"),
@@ -316,6 +318,24 @@ def test_too_little_room_for_the_checkpoints_is_found(config, tmp_path, monkeypa
     checks = check_all(config, tmp_path)
     assert outcomes(checks, Outcome.FAIL) == ["machine"]
     assert "--config.checkpoint.keep" in the_failed(checks).note
+
+
+def test_checkpoints_that_are_there_need_no_more_room(config, tmp_path, monkeypatch):
+    complete, run = doctor._complete(config, None), tmp_path / "run"
+
+    def needed() -> int:
+        return machine_checks.check_machine(complete, run, measure_memory=False).figures["disk_needed_bytes"]
+
+    size, at_first = checkpoint_bytes(complete), needed()
+    assert at_first == max_checkpoints(complete) * size + machine_checks._MARGIN_BYTES
+    (run / "checkpoints" / "4" / "params").mkdir(parents=True)
+    (run / "checkpoints" / "4" / "params" / "array").write_bytes(bytes(2 * size))
+    assert needed() == at_first - 2 * size
+    monkeypatch.setattr(machine_checks, "_free_disk", lambda workdir: at_first - 2 * size)
+    assert machine_checks.check_machine(complete, run, measure_memory=False).outcome == Outcome.PASS
+    # A new one is written before an old one goes.
+    os.truncate(run / "checkpoints" / "4" / "params" / "array", at_first)  # quicker than so many bytes
+    assert needed() == size + machine_checks._MARGIN_BYTES
 
 
 FITS = "this fits: --config.train.batch_size=2 --config.train.grad_accum_steps=4"

@@ -15,7 +15,7 @@ from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
 from tinystories_jax.evaluation.validation import validate
 from tinystories_jax.training import memory
-from tinystories_jax.training.checkpoint import checkpoint_bytes, max_checkpoints, restore_params
+from tinystories_jax.training.checkpoint import bytes_to_come, restore_params
 from tinystories_jax.training.jsonl import read_jsonl
 from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
 
@@ -29,13 +29,13 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
     device = jax.devices()[0]
     peak = PEAK_BF16_FLOPS.get(device.device_kind)
     problems, figures = _device_problems(device), {"device": device.device_kind, "peak_bf16_flops": peak}
-    needed, free = _disk_needed(config), _free_disk(workdir)
+    needed, free = bytes_to_come(config, workdir) + _MARGIN_BYTES, _free_disk(workdir)
     figures |= {"disk_needed_bytes": needed, "disk_free_bytes": free}
     problems += _place_problems(workdir)
     if free < needed:
         problems.append(
-            f"the checkpoints take {needed / 1e9:.1f} GB but {free / 1e9:.1f} GB are free at {workdir}; give another "
-            "--workdir, or a lower --config.checkpoint.keep"
+            f"the checkpoints to come take {needed / 1e9:.1f} GB but {free / 1e9:.1f} GB are free at {workdir}; make "
+            "room, or give another --workdir or a lower --config.checkpoint.keep"
         )
     remark = ""
     if measure_memory:
@@ -49,7 +49,7 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
         "machine",
         not problems,
         f"{device.device_kind}, {speed}, {free / 1e9:,.0f} GB of disk free",
-        f"{needed / 1e9:.1f} GB of disk for checkpoints",
+        f"{needed / 1e9:.1f} GB of disk for checkpoints to come",
         on_fail="; ".join(problems),
         remark=remark,
         figures=figures,
@@ -78,11 +78,6 @@ def _nvidia_driver() -> int | None:
         return int(answer.split(".")[0])
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-
-
-def _disk_needed(config: Config) -> int:
-    """Returns the bytes of the checkpoints that a run can end with, and of what it writes beside them."""
-    return checkpoint_bytes(config) * max_checkpoints(config) + _MARGIN_BYTES
 
 
 def _nearest_folder(workdir: Path) -> Path:

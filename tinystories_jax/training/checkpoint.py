@@ -228,6 +228,25 @@ def max_checkpoints(config: Config) -> int:
     return config.checkpoint.keep + 2 + len(config.schedule.epoch_ends)
 
 
+def bytes_to_come(config: Config, workdir: Path) -> int:
+    """Returns the free disk that the checkpoints of the run in `workdir` may still need beside those that are there.
+
+    It is room for one at least: a new one is written before an old one goes.
+    """
+    size = checkpoint_bytes(config)
+    return max(size, size * max_checkpoints(config) - _bytes_in(workdir / "checkpoints"))
+
+
+def _bytes_in(folder: Path) -> int:
+    """Returns the size of all files below `folder`, 0 where there is none."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a run under way deletes its older ones meanwhile
+                total += (Path(place) / name).lstat().st_size
+    return total
+
+
 def finished_updates(checkpoints: Path) -> list[int]:
     """Returns the updates whose checkpoint is in the folder, sorted; one still being saved has another name."""
     if not checkpoints.is_dir():
