@@ -14,7 +14,16 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from tinystories_jax.config import Config, Schedule, contradictions, from_dict, resolve, to_dict, with_data
+from tinystories_jax.config import (
+    Config,
+    Schedule,
+    contradictions,
+    from_dict,
+    resolve,
+    to_dict,
+    with_data,
+    with_unknown_data,
+)
 from tinystories_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -407,6 +416,17 @@ def test_the_warm_up_takes_at_most_half_of_the_run(total, warmup):
 def test_no_block_is_refused_with_the_way_out():
     with pytest.raises(UserError, match=r"data\.sequence_length=512.*--config\.data\.sequence_length"):
         with_data(resolve(read_config("top10k")), vocab_size=300, num_blocks=0)
+
+
+@pytest.mark.parametrize(("max_updates", "num_epochs"), [(1, 0), (1_000_000_000, 1), (0, 1_000_000)])
+@pytest.mark.parametrize(("batch_size", "grad_accum_steps"), [(1, 1), (1_048_576, 65_536)])
+def test_unknown_data_refuse_no_length(max_updates, num_epochs, batch_size, grad_accum_steps):
+    lengths = {"train__max_updates": max_updates, "train__num_epochs": num_epochs}
+    sizes = {"train__batch_size": batch_size, "train__grad_accum_steps": grad_accum_steps}
+    config = with_unknown_data(resolve(changed(**lengths, **sizes)))
+    assert config.schedule is not None
+    assert config.schedule.total_updates == (max_updates or 1_000 * num_epochs)
+    assert config.model.vocab_size == 10_000
 
 
 def test_what_only_the_data_can_tell_is_empty_before_it_and_nothing_else_changes():

@@ -211,6 +211,17 @@ def with_data(config: Config, *, vocab_size: int, num_blocks: int) -> Config:
     return dataclasses.replace(config, model=model, schedule=schedule)
 
 
+_UNKNOWN_UPDATES_PER_EPOCH = 1_000  # stands in for what the data alone can tell
+
+
+def with_unknown_data(config: Config) -> Config:
+    """Returns `config` as long as nobody knows its data: with the vocabulary asked for, and with a schedule in which
+    `train.max_updates` are one epoch, or an epoch is 1,000 updates where that is not set. Refuses no config."""
+    updates_per_epoch = config.train.max_updates or _UNKNOWN_UPDATES_PER_EPOCH
+    blocks_per_update = config.train.batch_size * config.train.grad_accum_steps
+    return with_data(config, vocab_size=config.tokenizer.vocab_size, num_blocks=updates_per_epoch * blocks_per_update)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the config as JSON-able nested dicts, derived values included."""
     return dataclasses.asdict(config)

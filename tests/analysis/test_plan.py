@@ -191,6 +191,12 @@ def test_max_updates_are_known_whatever_the_data(tmp_path):
     assert work.epochs is None
 
 
+def test_no_length_is_refused_before_the_data_is_known(tmp_path):
+    updates = 1_000_000_000
+    work = make_plan(tiny_config_on(tmp_path, train__max_updates=updates), measure=False).work
+    assert (work.updates, work.training_tokens, work.epochs) == (updates, updates * 4 * 2 * 16, None)
+
+
 def test_a_source_that_cannot_be_read_is_refused(tmp_path):
     config = tiny_config_on(tmp_path, data__train_files=str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match="matches no file"):

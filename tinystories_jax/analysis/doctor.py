@@ -26,7 +26,7 @@ from tinystories_jax.analysis.learning_checks import (
 from tinystories_jax.analysis.logits_checks import check_causality, check_decode_parity, check_precision
 from tinystories_jax.analysis.machine_checks import check_checkpoint, check_machine
 from tinystories_jax.analysis.small_copy import num_rows_measured
-from tinystories_jax.config import Config, with_data
+from tinystories_jax.config import Config, with_data, with_unknown_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data
 from tinystories_jax.errors import UserError, is_out_of_memory
@@ -35,7 +35,6 @@ from tinystories_jax.training.memory import SMALLER
 
 _NO_DATA = "no token cache yet: python scripts/prepare.py with the same --config flags builds it"
 _CACHE = "tokenizer and cache"
-_UNKNOWN_UPDATES = 1_000  # stands in for the updates that only the data can tell, where they do not matter
 
 
 class _Planned(NamedTuple):
@@ -105,7 +104,7 @@ def run_checks(
     """
     try:
         config = _complete(config, found if isinstance(found, PreparedData) else None)
-    except UserError as error:  # fewer tokens than a block
+    except UserError as error:  # fewer tokens than a block, or too many epochs of them
         found, config = error, _complete(config, None)
     failed: set[str] = set()
     yield from _make(_plan_data_checks(config, found), failed)
@@ -183,14 +182,11 @@ def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
 
 
 def _complete(config: Config, data: PreparedData | None) -> Config:
-    """Returns `config` with vocabulary and schedule; without data with the vocabulary asked, and updates that the
-    config alone gives or that stand in."""
-    if data is not None:
-        blocks = num_blocks(len(data.train.tokens), config.data.sequence_length)
-        return with_data(config, vocab_size=data.tokenizer.vocab_size, num_blocks=blocks)
-    per_update = config.train.batch_size * config.train.grad_accum_steps
-    updates = config.train.max_updates or _UNKNOWN_UPDATES
-    return with_data(config, vocab_size=config.tokenizer.vocab_size, num_blocks=updates * per_update)
+    """Returns `config` with vocabulary and schedule: those of the data, or what stands in for them without it."""
+    if data is None:
+        return with_unknown_data(config)
+    blocks = num_blocks(len(data.train.tokens), config.data.sequence_length)
+    return with_data(config, vocab_size=data.tokenizer.vocab_size, num_blocks=blocks)
 
 
 def _first_block(config: Config, data: PreparedData) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinystories_jax.analysis.benchmark.inputs import made_up_tokens
 from tinystories_jax.analysis.measure import Measurement, measure_training
-from tinystories_jax.config import Config, ModelConfig, with_data
+from tinystories_jax.config import Config, ModelConfig, with_data, with_unknown_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data
 from tinystories_jax.errors import UserError
@@ -190,10 +190,10 @@ def describe_corpus(config: Config, data: PreparedData | None) -> Corpus:
 
 
 def with_corpus(config: Config, corpus: Corpus) -> Config:
-    """Returns `config` with its schedule; where the count of tokens is unknown, as if an update were an epoch."""
-    blocks = config.train.batch_size * config.train.grad_accum_steps
-    if corpus.num_tokens is not None:
-        blocks = num_blocks(corpus.num_tokens, config.data.sequence_length)
+    """Returns `config` with its schedule, or with what stands in for it where the count of tokens is unknown."""
+    if corpus.num_tokens is None:
+        return with_unknown_data(config)
+    blocks = num_blocks(corpus.num_tokens, config.data.sequence_length)
     return with_data(config, vocab_size=corpus.vocab_size, num_blocks=blocks)
 
 
