@@ -25,6 +25,7 @@ from tinystories_jax.analysis.plan import (
     count_state,
     count_work,
     describe_corpus,
+    estimate_tokens,
     make_plan,
     scale_memory,
     time_on_gpu,
@@ -34,6 +35,8 @@ from tinystories_jax.analysis.plan_table import format_plan
 from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.data.prepare import prepare_data
+from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
+from tinystories_jax.data.tokenizer import train_bpe
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.checkpoint import checkpoint_bytes
@@ -41,7 +44,7 @@ from tinystories_jax.training.metrics import PEAK_BF16_FLOPS, flops_per_token
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state
 
-COUNTED = Corpus(num_tokens=40 * 16 + 1, is_estimate=False, origin="counted", vocab_size=61)
+COUNTED = Corpus(num_tokens=40 * 16 + 1, caches_bytes=None, is_estimate=False, origin="counted", vocab_size=61)
 UNKNOWN = dataclasses.replace(COUNTED, num_tokens=None)
 
 
@@ -143,6 +146,9 @@ def test_prepared_data_is_counted(tmp_path):
     data = prepare_data(config, show_progress=False, log=lambda line: None)
     plan = make_plan(config, measure=False)
     assert plan.corpus.num_tokens == len(data.train.tokens)
+    assert plan.corpus.caches_bytes == sum(
+        path.stat().st_size for cache in (data.train, data.valid) for path in cache.folder.glob("*.bin")
+    )
     assert plan.corpus.vocab_size == data.tokenizer.vocab_size
     assert not plan.corpus.is_estimate
     schedule = with_data(
@@ -174,10 +180,48 @@ def test_some_stories_of_tinystories_are_guessed_in_proportion(tmp_path):
     assert describe_corpus(config, None).num_tokens == 4_700_000
 
 
+def test_smaller_vocabularies_are_estimated_to_take_more_tokens(tinystories_data):
+    source = StorySource("files", "train", str(tinystories_data / "train.txt"), max_stories=2_000)
+    stories = list(iter_stories(source, StoryReport(), SeenStories()))
+    sizes = (257, 512, 1_024, 2_048, 10_000)
+    counted = {size: sum(map(len, train_bpe(stories, vocab_size=size).encode_batch(stories))) for size in sizes}
+    whole = estimate_tokens(1_000_000, 10_000)
+    for size in sizes:
+        expected = counted[size] / counted[10_000]
+        assert estimate_tokens(1_000_000, size) / whole == pytest.approx(expected, rel=0.05), size
+
+
+@pytest.mark.parametrize(("vocab_size", "token_bytes"), [(512, 2), (1_000_000, 4)])
+def test_the_caches_are_estimated_from_the_stories_of_both_splits(tmp_path, vocab_size, token_bytes):
+    few_stories, many_stories = 1_000, 1_000_000
+    few, many = (
+        describe_corpus(
+            read_config("top10k", data__max_stories=n, data__cache_dir=str(tmp_path), tokenizer__vocab_size=vocab_size),
+            None,
+        )
+        for n in (few_stories, many_stories)
+    )
+    assert few.num_tokens is not None
+    assert few.caches_bytes is not None
+    assert many.num_tokens is not None
+    assert many.caches_bytes is not None
+    of_more_stories = (many.num_tokens - few.num_tokens) * token_bytes + (many_stories - few_stories) * 8
+    assert many.caches_bytes - few.caches_bytes == pytest.approx(of_more_stories)
+    # All validation stories are there, however few of the others are.
+    assert few.caches_bytes > 2 * few.num_tokens * token_bytes
+
+
 def test_other_stories_without_a_cache_are_unknown(tmp_path):
     config = tiny_config_on(tmp_path)
     plan = make_plan(config, measure=False)
-    assert plan.corpus.num_tokens is plan.work.updates is plan.work.tokens_per_epoch is plan.work.epochs is None
+    assert (
+        plan.corpus.num_tokens
+        is plan.corpus.caches_bytes
+        is plan.work.updates
+        is plan.work.tokens_per_epoch
+        is plan.work.epochs
+        is None
+    )
     assert plan.flops.training_flops is plan.gpus[0].training_seconds is plan.gpus[0].five_epochs_seconds is None
     assert plan.work.tokens_per_update == 4 * 2 * 16
     assert plan.gpus[0].update_seconds > 0

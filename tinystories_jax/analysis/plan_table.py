@@ -2,7 +2,7 @@
 
 import math
 
-from tinystories_jax.analysis.plan import Plan
+from tinystories_jax.analysis.plan import Corpus, Plan
 
 _Row = tuple[str, str, str, str]  # title, figure, unit, note
 
@@ -40,10 +40,16 @@ def _size_rows(plan: Plan) -> list[_Row]:
         ("  accumulated gradient", *_si(state.accumulated_gradient_bytes, "B"), ""),
         ("a checkpoint on disk", *_si(state.total_bytes, "B"), "the training state, before compression"),
         ("all checkpoints kept", *_si(state.max_checkpoints_bytes, "B"), kept),
+        ("token caches on disk", *_caches_size(plan.corpus), "of both splits; other runs share them"),
     ]
     if parameters.output_matrix:
         rows.insert(3, ("  output matrix", f"{parameters.output_matrix:,}", "", ""))
     return rows
+
+
+def _caches_size(corpus: Corpus) -> tuple[str, str]:
+    size, unit = _si(corpus.caches_bytes, "B")
+    return ("about " if corpus.is_estimate else "") + size, unit
 
 
 def _work_rows(plan: Plan) -> list[_Row]:

@@ -33,6 +33,7 @@ TOKENS_FILE = "tokens.bin"  # little-endian IDs, each story followed by END_OF_S
 HASHES_FILE = "story_hashes.bin"  # little-endian uint64, ascending
 MANIFEST_FILE = "manifest.json"
 
+_HASH_DTYPE = np.dtype("<u8")
 _MAX_MANIFEST_BYTES = 64 * 2**20  # some hundred thousand files of stories
 _AT_ONCE_BYTES = 2**25  # of tokens, which a checksum takes 10 ms for: damage is then told on opening
 
@@ -127,6 +128,11 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65_535 else "<u4")
 
 
+def cache_bytes(vocab_size: int, *, num_stories: int, num_tokens: int) -> int:
+    """Returns the size of a cache's files, but for some kB of its manifest."""
+    return num_tokens * dtype_for(vocab_size).itemsize + num_stories * _HASH_DTYPE.itemsize
+
+
 @dataclass
 class _Counts:
     num_stories: int = 0
@@ -151,7 +157,7 @@ def _write_hashes(file: BinaryIO, seen: SeenStories) -> str:
     """Returns the checksum of what it has written."""
     checksum = xxhash.xxh3_128()
     for hashes in seen.sorted_hashes():
-        content = np.ascontiguousarray(hashes, "<u8").data
+        content = np.ascontiguousarray(hashes, _HASH_DTYPE).data
         file.write(content)
         checksum.update(content)
     return checksum.hexdigest()
@@ -213,7 +219,7 @@ def open_cache(folder: str | Path, *, fingerprint: str, vocab_size: int, rebuild
     with _explain_damage(folder, rebuild_command):
         manifest = _read_manifest(folder / MANIFEST_FILE)
         _check_manifest(manifest, fingerprint, vocab_size)
-        _check_file(folder / HASHES_FILE, np.dtype("<u8"), manifest.num_stories, manifest.hashes_checksum)
+        _check_file(folder / HASHES_FILE, _HASH_DTYPE, manifest.num_stories, manifest.hashes_checksum)
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         _check_size(folder / TOKENS_FILE, dtype, manifest.num_tokens)
 
@@ -240,7 +246,7 @@ def _explain_damage(folder: Path, rebuild_command: str) -> Iterator[None]:
 
 def load_hashes(cache: TokenCache) -> np.ndarray:
     """Returns the memory map of the stories' hashes: xxh3_64 of their UTF-8 bytes, uint64, ascending."""
-    return np.memmap(cache.folder / HASHES_FILE, dtype="<u8", mode="r")
+    return np.memmap(cache.folder / HASHES_FILE, dtype=_HASH_DTYPE, mode="r")
 
 
 def _read_manifest(path: Path) -> Manifest:
