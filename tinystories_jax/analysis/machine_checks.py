@@ -140,17 +140,21 @@ def check_checkpoint(data: PreparedData | None, run: Path, why_no_data: str = ""
     """
     params, meta = restore_params(run, "best")
     logged, problems = _logged_loss(run / "metrics.jsonl", meta.update)
-    tokenizers = {f"{run}/tokenizer": load_tokenizer(run / "tokenizer").sha256}
-    if data is not None:
-        tokenizers["the token caches"] = data.tokenizer.sha256
-        if data.valid.manifest.fingerprint != meta.valid_fingerprint:
-            problems.append("the config's validation stories are not those of the run; give the run's own config")
-    problems += [
-        f"the tokenizer in the checkpoint has SHA-256 {meta.tokenizer.sha256[:16]}, that of {where} {found[:16]}; "
-        "take the run's own"
-        for where, found in tokenizers.items()
-        if found != meta.tokenizer.sha256
-    ]
+    own, expected = load_tokenizer(run / "tokenizer").sha256, meta.tokenizer.sha256
+    if own != expected:
+        problems.append(
+            f"{run / 'tokenizer'} has SHA-256 {own[:16]}, the tokenizer in the checkpoint {expected[:16]}; put the "
+            "run's own back, as train.py does when it goes on"
+        )
+    if data is not None and data.tokenizer.sha256 != expected:
+        problems.append(
+            f"the token caches were made with the tokenizer of SHA-256 {data.tokenizer.sha256[:16]}, the checkpoint "
+            f"with {expected[:16]}; give the config that the run was trained with"
+        )
+    elif data is not None and data.valid.manifest.fingerprint != meta.valid_fingerprint:
+        problems.append(
+            "the config's validation stories are not those of the run; give the config that it was trained with"
+        )
     loss, remark = None, ""
     if data is not None and not problems:
         loss = validate(params, data.valid, meta.config, meta.tokenizer.article_forms).loss
@@ -159,7 +163,7 @@ def check_checkpoint(data: PreparedData | None, run: Path, why_no_data: str = ""
         elif not abs(loss - logged) <= _LOSS_BOUND * logged:
             problems.append(
                 f"its validation loss is {loss:.5f}, but metrics.jsonl says {logged:.5f} for update {meta.update}: "
-                "parameters, data or code are not those that were measured"
+                "parameters, data or code have changed since; the run's environment.json names what trained it"
             )
     if data is None and not problems:
         return skip("checkpoint", f"restored, tokenizers agree; its loss cannot be measured: {why_no_data}")
@@ -176,16 +180,23 @@ def check_checkpoint(data: PreparedData | None, run: Path, why_no_data: str = ""
 
 def _logged_loss(path: Path, update: int) -> tuple[float | None, list[str]]:
     """Returns the loss logged for `update`, None where none was measured, and what is wrong with the log."""
-    if not path.is_file():
-        return None, [f"{path} is missing, so nothing says what was measured"]
+    problem, loss = "", None
     try:
         rows, num_damaged = read_jsonl(path)
+    except FileNotFoundError:
+        problem = "is missing"
     except ValueError as error:
-        return None, [f"{path} cannot be read ({error})"]
-    logged = [row for row in rows if row["update"] == update]
-    if num_damaged or not logged:
-        return None, [f"{path} has {num_damaged:,} damaged lines and {len(logged)} for update {update}"]
-    loss = logged[-1].get("valid/loss")
-    if loss is not None and not (isinstance(loss, int | float) and math.isfinite(loss)):
-        return None, [f"{path} has valid/loss={loss!r} for update {update}, which is no loss"]
-    return loss, []
+        problem = f"cannot be read ({error})"
+    else:
+        logged = [row for row in rows if row["update"] == update]
+        loss = logged[-1].get("valid/loss") if logged else None
+        if num_damaged:
+            problem = f"has damaged lines ({num_damaged:,})"
+        elif not logged:
+            problem = f"has no line for update {update}"
+        elif loss is not None and not (isinstance(loss, int | float) and math.isfinite(loss)):
+            problem = f"has valid/loss={loss!r} for update {update}, which is no loss"
+    if not problem:
+        return loss, []
+    advice = "so there is no logged loss to compare with; python scripts/evaluate.py measures the loss alone"
+    return None, [f"{path} {problem}, {advice}"]
