@@ -369,6 +369,15 @@ def test_one_row_that_fits_alone_is_no_problem(config, monkeypatch, tmp_path):
     assert check.figures["largest_micro_batch"] == 1
 
 
+def test_a_check_for_which_the_model_is_too_large_fails_with_the_way_out():
+    def measure() -> Check:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    (check,) = doctor._make([doctor._Planned("precision", measure)], set())
+    assert check.outcome == Outcome.FAIL
+    assert check.note.endswith(f"try {memory.SMALLER}")
+
+
 def compile_below(first_too_large: int) -> Callable[[Config, int], Any]:
     """Returns `compile_step` of a device on which so many rows or more are too large to compile."""
     compile_step = memory.compile_step
