@@ -1,6 +1,7 @@
 """The micro-batch that fits, by XLA's own analysis and a planted limit of the device; the limits of control groups."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -19,6 +20,8 @@ def make_config(batch_size: int, grad_accum_steps: int) -> Config:
 
 def test_the_largest_of_the_halved_micro_batches_that_fits_is_named(monkeypatch):
     config = make_config(8, 2)
+    # The same micro-batch is compiled once, whoever asks.
+    monkeypatch.setattr(memory, "step_memory", functools.cache(memory.step_memory))
     limit = memory.step_memory(config, 2).total_bytes
     assert memory.step_memory(config, 4).total_bytes > limit
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: limit)
