@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +14,27 @@ import jax
 import pytest
 
 from tests.test_cli import ROOT
-from tests.tiny import read_tiny_values
-from tinystories_jax.config import Config, resolve
-from tinystories_jax.data.prepare import prepare_data
+from tests.training.small_run import checkpoints_of, make_small_config, shared_programs, train_on
+from tinystories_jax.config import Config
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
 from tinystories_jax.training.checkpoint import restore_params
-from tinystories_jax.training.loop import TrainResult, train
 from tinystories_jax.training.steps import StepMetrics, TrainState
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("stories") / "stories.txt"
-    path.write_text("\n<|endoftext|>\n".join(f"Once there was a cat. The cat saw {n} birds." for n in range(60)))
-    return path
-
-
-@pytest.fixture(name="config")
-def make_config(stories) -> Config:
-    values = read_tiny_values()
-    values.data.update(source="files", train_files=str(stories), valid_files=str(stories))
-    values.data.cache_dir = str(stories.parent / "cache")
-    values.tokenizer.vocab_size = 270
-    values.train.update(max_updates=6)
-    values.eval.update(every=2, max_batches=1)
-    values.checkpoint.every = 2
-    values.sample.update(prompts=("A",), max_new_tokens=4)
-    values.logging.update(every=1, tensorboard=False)
-    return resolve(values)
+def config(tmp_path_factory) -> Iterator[Config]:
+    folder = tmp_path_factory.mktemp("loop")
+    with shared_programs(folder / "compiled"):
+        yield make_small_config(folder)
 
 
 def change_section(config: Config, section: str, **values) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
-def train_on(config: Config, workdir: Path) -> TrainResult:
-    return train(config, prepare_data(config), workdir)
-
-
 def rows_of(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoints_of(workdir: Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
 
 
 def change_step(monkeypatch, change: Callable[[int, TrainState, StepMetrics], tuple[TrainState, StepMetrics]]) -> None:
@@ -274,12 +250,13 @@ def test_a_signal_before_the_first_update_saves_nothing_and_says_so(config, tmp_
     assert train_on(config, tmp_path).update == 6
 
 
-def test_other_stories_are_refused_by_field_and_fingerprint(config, tmp_path, stories):
+def test_other_stories_are_refused_by_field_and_fingerprint(config, tmp_path):
     train_on(config, tmp_path / "run")
     other = tmp_path / "other.txt"
     separator = "\n<|endoftext|>\n"
     # In another order: as many tokens, so no field of the config tells them apart.
-    other.write_text(separator.join(reversed(stories.read_text().split(separator))))
+    stories = Path(config.data.train_files).read_text().split(separator)
+    other.write_text(separator.join(reversed(stories)))
     tokenizer = change_section(config, "tokenizer", path=str(tmp_path / "run" / "tokenizer"))
     with pytest.raises(UserError, match=r"trained on other stories.*data\.train_files: .*other\.txt"):
         train_on(change_section(tokenizer, "data", train_files=str(other)), tmp_path / "run")
