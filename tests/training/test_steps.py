@@ -17,7 +17,7 @@ from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config
 from tinystories_jax.model.transformer import forward, init_params
 from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.steps import fresh_params, init_state, make_train_step
+from tinystories_jax.training.steps import TrainState, fresh_params, init_state, make_train_step
 
 NO_ARTICLES_V = jnp.zeros(61, bool)
 
@@ -35,10 +35,20 @@ def lengthen(config, total_updates):
     return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, total_updates=total_updates))
 
 
-def start(config) -> tuple[Any, Any]:
-    optimizer = make_optimizer(config)
-    step = make_train_step(config, optimizer)
-    return init_state(config, optimizer), step
+@functools.cache
+def initial_state(config: Config) -> TrainState:
+    """Returns one that is only to be copied: a step takes the buffers of the state that it is given."""
+    return init_state(config, make_optimizer(config))
+
+
+@functools.cache
+def step_of(config: Config, *, for_many_updates: bool = False) -> Any:
+    """Returns the step of a config, which all tests share, since most of their time would go into compiling it."""
+    return make_train_step(config, make_optimizer(config), for_many_updates=for_many_updates)
+
+
+def start(config, **flags: bool) -> tuple[Any, Any]:
+    return jax.tree.map(jnp.copy, initial_state(config)), step_of(config, **flags)
 
 
 def run(config, blocks, article_mask_V=NO_ARTICLES_V) -> tuple[Any, list[Any]]:
@@ -147,7 +157,9 @@ def test_dropout_is_a_function_of_seed_and_micro_step(tiny_config):
     config = change(tiny_config, "model", dropout=0.3)
     blocks = random_blocks(2)
     state, metrics = run(config, blocks)
-    again, _ = run(config, blocks)
+    again, step = start(config)[0], make_train_step(config, make_optimizer(config))  # traced anew
+    for block in blocks:
+        again, _ = step(again, block, NO_ARTICLES_V)
     assert_trees_equal(state, again)
     _, plain = run(tiny_config, blocks)
     assert float(metrics[0].loss) != float(plain[0].loss)
@@ -167,7 +179,7 @@ def test_state_is_float32_and_bfloat16_runs_near_it(tiny_config):
 
 
 def test_nothing_compiles_twice(tiny_config):
-    state, step = start(tiny_config)
+    state, step = init_state(tiny_config, make_optimizer(tiny_config)), step_of(tiny_config)
     for block in random_blocks(5):
         state, _ = step(state, block, NO_ARTICLES_V)
     assert step._cache_size() == 1
@@ -194,11 +206,11 @@ ODD_SHAPES: list[tuple[int, int, dict[str, Any]]] = [
 @pytest.mark.parametrize(("rows", "length", "model"), ODD_SHAPES)
 def test_a_step_for_many_updates_is_the_same_step(rows, length, model):
     config = change(make_tiny_config(), "model", **model)
-    optimizer, no_articles_V = make_optimizer(config), jnp.zeros(config.model.vocab_size, bool)
+    no_articles_V = jnp.zeros(config.model.vocab_size, bool)
     block = np.random.RandomState(0).randint(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)
-    initialize = jax.jit(lambda: init_state(config, optimizer))
-    plain, plain_metrics = make_train_step(config, optimizer)(initialize(), block, no_articles_V)
-    state, metrics = make_train_step(config, optimizer, for_many_updates=True)(initialize(), block, no_articles_V)
+    (plain, plain_step), (state, step) = start(config), start(config, for_many_updates=True)
+    plain, plain_metrics = plain_step(plain, block, no_articles_V)
+    state, metrics = step(state, block, no_articles_V)
     np.testing.assert_allclose(metrics, plain_metrics, rtol=1e-5)
     # Moments are the gradients, but for their scale.
     for moment, plain_moment in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(plain.opt_state), strict=True):
@@ -211,9 +223,8 @@ def test_odd_shapes_train_in_bfloat16_as_in_float32(rows, length, model):
     for dtype in ("float32", "bfloat16"):
         config = change(make_tiny_config(), "model", **model, dtype=dtype)
         block = np.random.RandomState(0).randint(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)
-        optimizer = make_optimizer(config)
-        state = jax.jit(functools.partial(init_state, config, optimizer))()
-        _, metrics = make_train_step(config, optimizer)(state, block, jnp.zeros(config.model.vocab_size, bool))
+        state, step = start(config)
+        _, metrics = step(state, block, jnp.zeros(config.model.vocab_size, bool))
         losses.append(metrics.loss)
         grad_norms.append(metrics.grad_norm)
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
