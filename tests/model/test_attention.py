@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tinystories_jax.model import attention
 from tinystories_jax.model.attention import causal_attention
 
 
@@ -21,8 +22,17 @@ def gradients(attention, inputs, grads):
     return jax.jit(lambda: jax.vjp(attention, *inputs)[1](grads))()
 
 
-@pytest.mark.parametrize("length", [1, 3, 16, 21, 700, 1300])
-def test_attention_in_blocks_is_attention(length):
+@pytest.mark.parametrize(("length", "num_blocks"), [(1, 1), (16, 4), (700, 4), (1300, 5), (4096, 16), (5000, 16)])
+def test_a_long_text_has_more_blocks_up_to_a_limit(length, num_blocks):
+    blocks = attention._blocks(length)
+    assert len(blocks) == num_blocks
+    assert [position for start, end in blocks for position in range(start, end)] == list(range(length))
+
+
+# Up to four blocks of the true length, and five of a shorter one as a text of 1,300 tokens has.
+@pytest.mark.parametrize(("length", "block_length"), [*((n, 256) for n in (1, 3, 16, 21, 700)), (22, 4)])
+def test_attention_in_blocks_is_attention(length, block_length, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK_LENGTH", block_length)
     *inputs, grads = make_inputs(length)
     np.testing.assert_allclose(causal_attention(*inputs), plain_attention(*inputs), atol=2e-6)
     for ours, plain in zip(
