@@ -1,6 +1,7 @@
 """The plan's figures by hand, against the objects that training uses, and on data that is there or is not."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -40,6 +41,7 @@ from tinystories_jax.data.tokenizer import train_bpe
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.checkpoint import checkpoint_bytes
+from tinystories_jax.training.memory import compile_step, read_memory
 from tinystories_jax.training.metrics import PEAK_BF16_FLOPS, flops_per_token
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state
@@ -291,14 +293,24 @@ def test_memory_is_that_of_the_donated_state_and_more(measured):
     assert measured.micro_batch_memory_bytes == memory.total_bytes
 
 
-def measure_tiny(log: list[str]) -> Measurement:
+def one_layer_config() -> Config:
     config = make_tiny_config()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1))
+
+
+def measure_tiny(log: list[str]) -> Measurement:
+    config = one_layer_config()
     return measure_training(config, np.arange(40 * 16 + 1) % config.model.vocab_size, log.append)
+
+
+@functools.cache
+def compile_once(config: Config, rows: int) -> Any:
+    return compile_step(config, rows)
 
 
 @pytest.fixture
 def hurried(monkeypatch):
+    monkeypatch.setattr(measure, "compile_step", compile_once)
     monkeypatch.setattr(measure, "_TIMING_SECONDS", 0.0)
     monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 1e-9)
     monkeypatch.setattr(measure, "_FIRST_STEP_FLOPS", 1.0)
@@ -342,11 +354,12 @@ def test_costly_steps_stay_small_and_are_scaled_by_tokens(hurried, measured, tmp
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's limits are set")
 def test_a_micro_batch_that_does_not_fit_shrinks(hurried):
     hurried.setattr(measure, "_FIRST_STEP_FLOPS_ON_CPU", 1e12)
-    # Four rows take 0.45 MB, one takes 0.27 MB.
-    hurried.setattr(measure, "_CPU_MEMORY_BYTES", 0.4e6)
+    config = one_layer_config()
+    too_much = read_memory(compile_once(config, config.train.batch_size)).total_bytes
+    hurried.setattr(measure, "_CPU_MEMORY_BYTES", too_much - 1)
     found = measure_tiny([])
-    assert found.rows == 3
-    assert found.memory.total_bytes < 0.4e6
+    assert found.rows == config.train.batch_size - 1
+    assert found.memory.total_bytes < too_much
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's limits are set")
