@@ -6,12 +6,15 @@ import math
 import subprocess
 import sys
 
+import jax
+
 from tests.test_cli import ROOT
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.training.jsonl import FileState
 from tinystories_jax.training.meta import History
 from tinystories_jax.training.metrics import (
+    PEAK_BF16_FLOPS,
     MetricsLog,
     ProgressLine,
     flops_per_token,
@@ -58,7 +61,8 @@ def test_flops_split_by_hand():
     assert split_flops_per_token(dataclasses.replace(TOP10K, tie_embeddings=False), 512) == split
 
 
-def test_mfu_of_an_unknown_device_is_none():
+def test_mfu_of_an_unknown_device_is_none(monkeypatch):
+    monkeypatch.delitem(PEAK_BF16_FLOPS, jax.devices()[0].device_kind, raising=False)
     assert model_flops_utilization(1e6, flops_per_token(make_tiny_config().model, 16)) is None
 
 
