@@ -41,22 +41,15 @@ def write_parquet(path: Path, **columns: list) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def tinystories() -> Path:
-    folder = os.environ.get("TINYSTORIES_DATA")
-    assert folder, "set TINYSTORIES_DATA to the folder with train.txt and valid.txt of TinyStories"
-    return Path(folder)
-
-
-def test_real_stories_come_out_as_they_went_in(tinystories):
-    raw = (tinystories / "train.txt").read_text(encoding="utf-8").split(END_OF_STORY)
-    stories, report = read(tinystories / "train.txt")
+def test_real_stories_come_out_as_they_went_in(tinystories_data):
+    raw = (tinystories_data / "train.txt").read_text(encoding="utf-8").split(END_OF_STORY)
+    stories, report = read(tinystories_data / "train.txt")
     assert stories == [story.strip() for story in raw if story.strip()]
     assert (report.stories, report.dropped_empty, report.dropped_duplicates, report.mojibake_fixed) == (6955, 0, 0, 0)
     assert report.utf8_bytes == sum(len(story.encode()) for story in stories)
     assert report.words == sum(len(story.split()) for story in stories)
     assert report.non_ascii_characters == sum(not c.isascii() for story in stories for c in story)
-    assert report.position == report.size == (tinystories / "train.txt").stat().st_size
+    assert report.position == report.size == (tinystories_data / "train.txt").stat().st_size
 
 
 def test_separators_may_stand_anywhere_and_across_chunks(tmp_path, monkeypatch):
