@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.training.small_run import are_equal, make_small_config, metrics_of, shared_programs, state_of, train_on
@@ -103,13 +104,15 @@ def test_what_decides_is_in_the_checkpoint_and_not_in_the_logs(config, undisturb
     assert (result.best_update, result.best_loss) == (again.best_update, again.best_loss)
 
 
-def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_run_with_muon_goes_on_bit_for_bit_and_compiles_nothing_anew(tmp_path, monkeypatch, caplog):
     with shared_programs(tmp_path / "compiled"):
         config = make_small_config(tmp_path, optim__muon_learning_rate=0.01)
         train_on(config, tmp_path / "undisturbed")
         with monkeypatch.context() as patch:
             stop_at(patch, 6, kill=False)
             assert train_on(config, tmp_path / "run").update == 4
-        assert train_on(config, tmp_path / "run").update == 6
+        with jax.log_compiles():
+            assert train_on(config, tmp_path / "run").update == 6
+        assert [record.message for record in caplog.records if "XLA compilation" in record.message] == []
         assert are_equal(state_of(config, tmp_path / "run"), state_of(config, tmp_path / "undisturbed"))
         assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "undisturbed")

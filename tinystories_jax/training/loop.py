@@ -239,7 +239,8 @@ def _start_or_resume(
         warn_of_damage(workdir, saved.config, saved.tokenizer)
     write_run(workdir, now.config, now.tokenizer)
     if restored is None:
-        return init_state(now.config, optimizer), now
+        # Placed as a restored one is, or else no program compiled for the one would serve the other.
+        return jax.device_put(init_state(now.config, optimizer), jax.local_devices()[0]), now
     assert now.config.schedule is not None
     finished = saved.update >= now.config.schedule.total_updates
     print(f"resumed   after update {saved.update:,}{', nothing left to do' * finished}", file=sys.stderr)
