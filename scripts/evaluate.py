@@ -19,7 +19,9 @@ from tinystories_jax.errors import UserError
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train.py's --workdir.")
 _STORIES = flags.DEFINE_string("stories", None, "Instead of --checkpoint: a file of stories to score.")
 _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
-_NUM_STORIES = flags.DEFINE_integer("num_stories", 200, "To write, or to read of --stories.", 1, 100_000)
+_NUM_STORIES = flags.DEFINE_integer(
+    "num_stories", 200, "To write (one a prompt at temperature 0), or to read of --stories.", 1, 100_000
+)
 _DATA = flags.DEFINE_string("data", "", "File to measure the loss on, instead of the run's validation split.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of writing; 1 is the model's own distribution, 0 is greedy.")
 _SEED = flags.DEFINE_integer(

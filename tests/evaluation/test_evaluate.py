@@ -311,6 +311,9 @@ def test_texts_are_scored_without_a_model():
     assert [criterion.verdict for criterion in evaluation.criteria] == ["unknown", "FAIL", "FAIL"]
     assert "stories alone have none; give --checkpoint" in evaluation.criteria[0].figure
     assert any("fewer than 20,000 words" in note for note in evaluation.notes)
+    assert any("58 of the 60 stories are another's double" in note for note in evaluation.notes)
+    other = evaluate_texts(long[44:46], title="two", log=be_silent)
+    assert not any("double" in note for note in other.notes)
     assert evaluation == evaluate_texts(long, title="sixty", log=be_silent)
 
 
@@ -393,6 +396,15 @@ def test_a_run_is_evaluated_from_its_own_files(run, place, tmp_path):
     assert "## Stories" in page
     assert "Once upon a time there was" in page
     assert "articles where one is needed" in write_report(run).read_text()
+
+
+def test_greedily_a_prompt_has_one_story(run, place):
+    result = run_script("evaluate", f"--checkpoint={run}", "--temperature=0", environment=place.environment)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run / "evaluation.json").read_text())["num_stories"] == 44
+    stories = [json.loads(line) for line in (run / "evaluation_stories.jsonl").read_text().splitlines()]
+    assert [story["prompt"] for story in stories] == read_prompts()
+    assert "one a prompt at most" in result.stdout
 
 
 def test_the_loss_is_measured_on_any_file_and_again_the_same(run, place, tmp_path):

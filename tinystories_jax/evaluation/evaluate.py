@@ -66,6 +66,8 @@ def evaluate_run(
     stories the loss is measured; empty for the validation cache.
     """
     sampling = Sampling(temperature=writing.temperature)
+    if writing.temperature == 0:  # a prompt's second story would be the first once more
+        writing = replace(writing, num_stories=min(writing.num_stories, len(read_prompts())))
     prompts = list(itertools.islice(itertools.cycle(read_prompts()), writing.num_stories))
     context_length = config.data.sequence_length
     check_prompts(tokenizer, sorted(set(prompts)), context_length)
@@ -86,7 +88,7 @@ def evaluate_run(
         temperature=writing.temperature,
         **_measure_copies(stories, tokenizer, train, valid),
     )
-    notes = _describe_writing(writing, config, has_train_cache=train is not None)
+    notes = _describe_writing(writing, config, has_train_cache=train is not None) + _describe_doubles(texts)
     figures = {"checkpoint_update": update, **asdict(writing)}
     return _put_together(title, measured, notes, figures, [asdict(story) for story in stories])
 
@@ -111,7 +113,7 @@ def evaluate_texts(
         loss_on="stories alone have none; give --checkpoint",
         judge=_judge([("", text) for text in texts], judge, log),
     )
-    return _put_together(title, measured, [], {})
+    return _put_together(title, measured, _describe_doubles(texts), {})
 
 
 def read_prompts() -> list[str]:
@@ -211,12 +213,24 @@ def _describe_writing(writing: Writing, config: Config, *, has_train_cache: bool
     notes = [
         f"stories: from {len(read_prompts())} prompts in turn, temperature {writing.temperature:g}, seed "
         f"{writing.seed}, up to {config.data.sequence_length} tokens, as they were written"
+        + ", one a prompt at most, since temperature 0 leaves nothing to chance"
+        * (writing.temperature == 0)
     ]
     if config.data.source == "sample":
         notes.append("the model was trained on the bundled sample, which this project made up: it is not TinyStories")
     if not has_train_cache:
         notes.append(f"copies: not looked for, no training cache in data.cache_dir={config.data.cache_dir}")
     return notes
+
+
+def _describe_doubles(texts: Sequence[str]) -> list[str]:
+    doubles = len(texts) - len(set(texts))
+    if not doubles:
+        return []
+    return [
+        f"{doubles:,} of the {len(texts):,} stories are another's double: with fewer stories than were counted, the "
+        "intervals are too narrow"
+    ]
 
 
 def _describe_text(text: TextScores) -> list[str]:
