@@ -57,40 +57,45 @@ def check_target_shift(config: Config, block: np.ndarray | None, tokenizer: Stor
     state, metrics = _run(small, blocks, jnp.zeros(_VOCAB_SIZE, bool))
     trained = float(metrics.loss[-1])
     validated = _validation_loss(state.params, np.resize(cycle, _EVALUATED_TOKENS), small)
-    inputs_BT = blocks[0, :, :-1]
-    logits_BTV = jit_forward(small)(state.params, inputs_BT)
-    place_V = np.full(_VOCAB_SIZE, -1)
-    place_V[cycle] = np.arange(_CYCLE)
-    predicted_BT = place_V[np.asarray(logits_BTV).argmax(-1)]
-    offsets_BT = (predicted_BT - place_V[inputs_BT]) % _CYCLE
-    counts = np.bincount(offsets_BT[predicted_BT >= 0], minlength=_CYCLE)
-    offset, share = int(counts.argmax()), float(counts.max() / inputs_BT.size)
-    offset -= _CYCLE * (offset > _CYCLE // 2)
-    if share < _SHIFT_SHARE_BOUND:
-        meaning = (
-            f"no offset was learnt (at best {offset:+} at {share:.0%} of the positions): the loss does not teach what "
-            "comes next, or this optimizer does not get there"
-        )
-    elif offset != 1:
-        meaning = (
-            f"position t is trained to predict token t {'-' if offset < 0 else '+'} {abs(offset)} instead of t + 1: "
-            "the labels are shifted in more than one place, or in none. Such a model drops articles and other small "
-            "words, without any error. Shift in train_step alone."
-        )
-    else:
-        meaning = (
-            f"validation measures {validated:.2f} nats on what training learnt to {trained:.2f}: it asks for other "
-            "tokens than training teaches, or weighs them otherwise. See eval_batches and eval_step."
-        )
+    offset, share = _learnt_offset(jit_forward(small)(state.params, blocks[0, :, :-1]), blocks[0, :, :-1], cycle)
     return judge(
         "target shift",
         offset == 1 and share >= _SHIFT_SHARE_BOUND and abs(validated - trained) <= _EVALUATION_BOUND,
         f"{offset:+} at {share:.0%} of the positions; loss {trained:.3f}, by validation {validated:.3f}",
         f"+1 at {_SHIFT_SHARE_BOUND:.0%} or more; {_EVALUATION_BOUND} nats apart",
-        on_fail=meaning,
+        on_fail=_explain_shift(offset, share, trained, validated),
         remark=describe(small),
         figures={"offset": offset, "share": share, "training_loss": trained, "validation_loss": validated},
         details=_show_pairs(block, tokenizer, offset),
+    )
+
+
+def _learnt_offset(logits_BTV: jax.Array, inputs_BT: np.ndarray, cycle: np.ndarray) -> tuple[int, float]:
+    """Returns how far along `cycle` the predictions most often stand from the inputs, and at what share of them."""
+    place_V = np.full(_VOCAB_SIZE, -1)
+    place_V[cycle] = np.arange(_CYCLE)
+    predicted_BT = place_V[np.asarray(logits_BTV).argmax(-1)]
+    offsets_BT = (predicted_BT - place_V[inputs_BT]) % _CYCLE
+    counts = np.bincount(offsets_BT[predicted_BT >= 0], minlength=_CYCLE)
+    offset = int(counts.argmax())
+    return offset - _CYCLE * (offset > _CYCLE // 2), float(counts.max() / inputs_BT.size)
+
+
+def _explain_shift(offset: int, share: float, trained: float, validated: float) -> str:
+    if share < _SHIFT_SHARE_BOUND:
+        return (
+            f"no offset was learnt (at best {offset:+} at {share:.0%} of the positions): the loss does not teach what "
+            "comes next, or this optimizer does not get there"
+        )
+    if offset != 1:
+        return (
+            f"position t is trained to predict token t {'-' if offset < 0 else '+'} {abs(offset)} instead of t + 1: "
+            "the labels are shifted in more than one place, or in none. Such a model drops articles and other small "
+            "words, without any error. Shift in train_step alone."
+        )
+    return (
+        f"validation measures {validated:.2f} nats on what training learnt to {trained:.2f}: it asks for other tokens "
+        "than training teaches, or weighs them otherwise. See eval_batches and eval_step."
     )
 
 
