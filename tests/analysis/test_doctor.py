@@ -15,7 +15,7 @@ import pytest
 from tests import planted
 from tests.test_cli import error_lines, run_script
 from tests.tiny import CONFIGS, read_tiny_values
-from tinystories_jax.analysis import doctor, learning_checks, logits_checks, machine_checks
+from tinystories_jax.analysis import doctor, learning_checks, logits_checks, machine_checks, schedule_check
 from tinystories_jax.analysis.check import Check, Outcome, summarize, to_json
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import PreparedData, find_data, prepare_data
@@ -179,7 +179,7 @@ def change(config: Config, section: str, **values: Any) -> Config:
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_the_shortest_runs_have_a_sound_schedule(config, total):
     short = change(change(config, "train", max_updates=total), "optim", max_grad_norm=1e-6, warmup_updates=1)
-    assert learning_checks.check_schedule(doctor._complete(short, None)).outcome == Outcome.PASS
+    assert schedule_check.check_schedule(doctor._complete(short, None)).outcome == Outcome.PASS
 
 
 def test_a_schedule_that_the_config_did_not_ask_for_is_found(config):
@@ -187,11 +187,11 @@ def test_a_schedule_that_the_config_did_not_ask_for_is_found(config):
     assert complete.schedule is not None
     for values in ({"total_updates": 40}, {"warmup_updates": 0}):
         schedule = dataclasses.replace(complete.schedule, **values)
-        check = learning_checks.check_schedule(dataclasses.replace(complete, schedule=schedule))
+        check = schedule_check.check_schedule(dataclasses.replace(complete, schedule=schedule))
         assert check.outcome == Outcome.FAIL
         assert "config and data ask for 20 with 4" in check.note
     idle = change(complete, "optim", learning_rate=0.0, min_learning_rate=0.0)
-    assert "nothing would be learnt" in learning_checks.check_schedule(idle).note
+    assert "nothing would be learnt" in schedule_check.check_schedule(idle).note
 
 
 def test_narrow_heads_and_untied_models_are_not_ill(config):
@@ -486,7 +486,7 @@ def test_a_run_with_muon_is_found_sound(with_muon, tmp_path):
 
 def test_a_schedule_of_which_muon_sees_another_is_found(with_muon, plant):
     plant(planted.muon_schedule_of_half_the_length)
-    check = learning_checks.check_schedule(doctor._complete(with_muon, None))
+    check = schedule_check.check_schedule(doctor._complete(with_muon, None))
     assert check.outcome == Outcome.FAIL
     applied, in_layers = check.figures["applied"], check.figures["in_layers"]
     assert applied == pytest.approx(check.figures["expected"], rel=1e-3)

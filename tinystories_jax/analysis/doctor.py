@@ -20,11 +20,11 @@ from tinystories_jax.analysis.learning_checks import (
     check_accumulation,
     check_initial_loss,
     check_overfit,
-    check_schedule,
     check_target_shift,
 )
 from tinystories_jax.analysis.logits_checks import check_causality, check_decode_parity, check_precision
 from tinystories_jax.analysis.machine_checks import check_checkpoint, check_machine
+from tinystories_jax.analysis.schedule_check import check_schedule
 from tinystories_jax.analysis.small_copy import num_rows_measured
 from tinystories_jax.config import Config, with_data, with_unknown_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
