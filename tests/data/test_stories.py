@@ -284,10 +284,17 @@ def test_hub_identity_is_the_commit():
 def test_report_has_a_column_per_split_and_fits_a_screen():
     train = StoryReport(raw_stories=2_119_719, stories=2_000_000, dropped_duplicates=7, utf8_bytes=1_911_420_483)
     text = format_report({"train": train, "validation": StoryReport(stories=21_990)}, shared=12)
-    for figure in ("train", "validation", "2,119,719", "1,911,420,483", "21,990", "7", "12"):
+    for figure in (
+        "train",
+        "validation",
+        "2,119,719",
+        "1,911,420,483",
+        "21,990",
+        "7",
+        "shared by train and validation: 12",
+    ):
         assert figure in text
     assert max(map(len, text.splitlines())) <= 80
-    assert "shared" not in format_report({"train": train}, shared=None)
 
 
 def test_import_is_light():

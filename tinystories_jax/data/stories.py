@@ -150,7 +150,7 @@ def source_identity(source: StorySource, memo_path: Path | None, *, remember: bo
     return {**identity, "max_stories": source.max_stories, "cleaning_version": CLEANING_VERSION}
 
 
-def format_report(reports: Mapping[str, StoryReport], shared: int | None) -> str:
+def format_report(reports: Mapping[str, StoryReport], shared: int) -> str:
     """Returns a table with a column per split; `shared` is how many stories train and validation have in common."""
     rows = (
         ("stories read", "raw_stories"),
@@ -165,8 +165,7 @@ def format_report(reports: Mapping[str, StoryReport], shared: int | None) -> str
     lines = [f"{'split':<24}" + "".join(f"{split:>16}" for split in reports)]
     for title, name in rows:
         lines.append(f"{title:<24}" + "".join(f"{getattr(report, name):>16,}" for report in reports.values()))
-    if shared is not None:
-        lines.append(f"stories shared by train and validation: {shared:,}")
+    lines.append(f"stories shared by train and validation: {shared:,}")
     return "\n".join(lines)
 
 
