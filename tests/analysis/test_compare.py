@@ -9,7 +9,7 @@ import pytest
 
 from tests.analysis.make_run import PROMPTS, make_run, write_evaluation
 from tests.test_cli import error_line, run_script, script_environment
-from tinystories_jax.analysis.compare import NO_DIFFERENCE, NOT_COMPARABLE, compare
+from tinystories_jax.analysis.compare import NO_DIFFERENCE, NOT_COMPARABLE, OTHER_TEMPERATURES, compare
 from tinystories_jax.analysis.compare_output import to_markdown, to_text, write_comparison_page
 from tinystories_jax.analysis.noise import judge, t_quantile, welch_interval
 from tinystories_jax.errors import UserError
@@ -128,6 +128,16 @@ def test_another_tokenizer_is_another_side_whose_loss_does_not_compare(tmp_path)
     assert verdict_on(comparison, BITS).found
 
 
+def test_scores_at_other_temperatures_do_not_compare(tmp_path):
+    runs = make_pairs(tmp_path, [2.0, 2.01], [2.0, 2.01])
+    for run, temperature in zip(runs, (1.0, 1.0, 0.8, 0.8), strict=True):
+        write_evaluation(run, articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0), temperature=temperature)
+    comparison = compare(runs)
+    for name in ("articles, evaluate.py", "grammar of 10, evaluate.py"):
+        assert judged(comparison, name).said == OTHER_TEMPERATURES
+    assert verdict_on(comparison, BITS).found is False
+
+
 # ---- what is said
 
 
@@ -194,7 +204,7 @@ def test_what_makes_a_comparison_doubtful_is_said(tmp_path):
         *("b has 10 of 20 updates", "eval.max_batches differs", "name different validation stories"),
         "d was validated on other stories than a",
         *("sample.temperature differs: the scores of the runs' samples", "sample.max_new_tokens differs"),
-        "for other runs: 200 stories at temperature 0.8; 200 stories at temperature 1.0.",
+        "such scores do not compare: a 200 stories at temperature 1; b 200 stories at temperature 0.8.",
     ):
         assert words in doubts
 

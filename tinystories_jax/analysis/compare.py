@@ -12,6 +12,7 @@ from tinystories_jax.analysis.run_files import Interval, RunFiles
 from tinystories_jax.analysis.sides import Side, describe_difference, find_doubts, read_sides, same_tokenizer
 
 NOT_COMPARABLE = "not comparable: the tokenizers differ"
+OTHER_TEMPERATURES = "not comparable: written at other temperatures"
 NO_DIFFERENCE = "no difference found"
 _NONE = "–"
 
@@ -133,12 +134,18 @@ def _judge(measure: Measure, first: Side, second: Side) -> Judgement | None:
     pair = f"{first.letter}\u00a0→\u00a0{second.letter}"
     if measure.per_token and not same_tokenizer(first.runs[0], second.runs[0]):
         return Judgement(measure.name, pair, _NONE, _NONE, NOT_COMPARABLE, None)
+    if measure.by_evaluation and len({_temperature(run) for run in (*first.runs, *second.runs)} - {None}) > 1:
+        return Judgement(measure.name, pair, _NONE, _NONE, OTHER_TEMPERATURES, None)
     verdict = judge(a, b, _intervals(measure, first), _intervals(measure, second))
     interval = _NONE
     if verdict.interval is not None:
         interval = " to ".join(measure.write_difference(limit) for limit in verdict.interval)
     said = {True: "larger than the noise", False: NO_DIFFERENCE, None: verdict.why}[verdict.found]
     return Judgement(measure.name, pair, measure.write_difference(verdict.difference), interval, said, verdict)
+
+
+def _temperature(run: RunFiles) -> float | None:
+    return None if run.evaluation is None else run.evaluation.temperature
 
 
 def _stories(sides: Sequence[Side]) -> tuple[tuple[str, tuple[str, ...]], ...]:

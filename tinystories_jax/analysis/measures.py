@@ -15,13 +15,15 @@ from tinystories_jax.training.metrics import flops_per_token
 @dataclass(frozen=True)
 class Measure:
     """`value` of a run is None where the run does not tell. `judged`: a measure of quality, whose differences are held
-    against the noise. `per_token`: means nothing between two tokenizers."""
+    against the noise. `per_token`: means nothing between two tokenizers. `by_evaluation`: of stories that
+    evaluate.py had the run write."""
 
     name: str
     value: Callable[[RunFiles], float | None]
     write: Callable[[float], str]
     judged: bool = False
     per_token: bool = False
+    by_evaluation: bool = False
     interval: Callable[[RunFiles], Interval | None] = lambda run: None
 
     def write_difference(self, value: float) -> str:
@@ -72,7 +74,7 @@ def _scored(choose: Callable[[RunFiles], Score | None], form: Callable[[float], 
         score = choose(run)
         return None if score is None else score.interval
 
-    return Measure(name, value, form, judged=True, interval=interval)
+    return Measure(name, value, form, judged=True, by_evaluation=True, interval=interval)
 
 
 def _count(value: float) -> str:

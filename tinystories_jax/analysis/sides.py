@@ -117,8 +117,10 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
         and run.best is not None
         and run.evaluation.update != run.best["update"]
     ]
-    if len(writings := {_writing(run) for run in runs if run.evaluation is not None}) > 1:
-        doubts.append(f"evaluate.py had other stories written for other runs: {'; '.join(sorted(writings))}.")
+    writings = {run.name: _writing(run) for run in runs if run.evaluation is not None}
+    if len(set(writings.values())) > 1:
+        told = "; ".join(f"{name} {writing}" for name, writing in writings.items())
+        doubts.append(f"evaluate.py had the runs write differently, and such scores do not compare: {told}.")
     reference = bytes_per_token(runs[0])
     for run in runs[1:]:
         ratio = bytes_per_token(run)
@@ -132,7 +134,7 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
 def _writing(run: RunFiles) -> str:
     """Returns how many stories evaluate.py had the run write, and how; their scores compare only where this agrees."""
     assert run.evaluation is not None
-    return f"{run.evaluation.num_stories} stories at temperature {run.evaluation.temperature}"
+    return f"{run.evaluation.num_stories} stories at temperature {run.evaluation.temperature:g}"
 
 
 def _stories(config: Config, split: Literal["train", "valid"]) -> tuple[str, ...]:
