@@ -3,11 +3,13 @@
     python scripts/evaluate.py --checkpoint runs/top10k [--num_stories 200] [--data FILE] [--json OUT]
     python scripts/evaluate.py --stories FILE [--json OUT]
 
-The first writes evaluation.json and evaluation.md into the run; the second scores text as if a model had written it.
+The first writes evaluation.json, evaluation.md and evaluation_stories.jsonl into the run, in place of those of a score
+before; the second scores text as if a model had written it.
 FILE is .txt (stories separated by <|endoftext|>), .jsonl or .parquet. Everything is offline, unless --judge is given.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -19,11 +21,11 @@ from tinystories_jax.errors import UserError
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train.py's --workdir.")
 _STORIES = flags.DEFINE_string("stories", None, "Instead of --checkpoint: a file of stories to score.")
 _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
-_NUM_STORIES = flags.DEFINE_integer(
-    "num_stories", 200, "To write (one a prompt at temperature 0), or to read of --stories.", 1, 100_000
-)
+_NUM_STORIES = flags.DEFINE_integer("num_stories", 200, "To write, or to read of --stories.", 1, 100_000)
 _DATA = flags.DEFINE_string("data", "", "File to measure the loss on, instead of the run's validation split.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of writing; 1 is the model's own distribution, 0 is greedy.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 1.0, "Of writing; 1 is the model's own distribution, 0 is greedy: 44 stories, too few for a verdict."
+)
 _SEED = flags.DEFINE_integer(
     "seed", 0, "The same seed writes the same stories on machines of one kind.", lower_bound=0, upper_bound=2**31 - 1
 )
@@ -68,6 +70,7 @@ def main() -> None:
     # Written before it is shown: what a terminal cannot show is not lost.
     if run is not None:
         write_evaluation(evaluation, run)
+        print(f"wrote {run / 'evaluation.json'}, and beside it .md and the stories", file=sys.stderr)
     if _JSON.value:
         write_json(evaluation, Path(_JSON.value))
     print(format_text(evaluation))
@@ -80,6 +83,9 @@ def _check_output(output: str, source: str) -> None:
     """Raises `UserError` now, and not after minutes, where the figures could not be written or would be read again."""
     if output and not Path(output).parent.is_dir():
         raise UserError(f"--json={output}: the folder {Path(output).parent} does not exist; make it, or name another")
+    run = Path(_CHECKPOINT.value).resolve() if _CHECKPOINT.value else None
+    if output and run and Path(output).exists() and Path(output).resolve().is_relative_to(run):
+        raise UserError(f"--json={output} is a file of the run; name another one, outside of it")
     if output and source and Path(output).is_file() and any(Path(output).samefile(path) for path in find_files(source)):
         raise UserError(f"--json={output} is the file that is read; name another one")
 

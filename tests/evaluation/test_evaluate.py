@@ -507,6 +507,13 @@ def test_flags_that_cannot_be_used_are_refused_in_one_line(flags, said, monkeypa
     assert said in error_line(run_script("evaluate", *flags))
 
 
+def test_the_figures_replace_no_file_of_the_run(run):
+    before = (run / "config.json").read_bytes()
+    result = run_script("evaluate", f"--checkpoint={run}", f"--json={run / 'config.json'}")
+    assert "is a file of the run" in error_line(result)
+    assert (run / "config.json").read_bytes() == before
+
+
 def test_prompts_that_a_short_context_cannot_hold_are_refused(run, place):
     change_checkpoints(run, sequence_length=24)
     lines = error_lines(run_script("evaluate", f"--checkpoint={run}", environment=place.environment))

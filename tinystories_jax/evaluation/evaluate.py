@@ -237,7 +237,7 @@ def _describe_text(text: TextScores) -> list[str]:
     real, counted, problem = real_scores(), shipped_reference().articles.num_stories, checker_problem()
     checker = " ".join(f"{name} {version}" for name, version in CHECKER.items())
     notes = [
-        f"real stories: {real.num_stories} held-out ones of TinyStories",
+        f"real stories: {real.num_stories} held-out ones of TinyStories; of copies, the run's own validation stories",
         f"articles: needed where {counted:,} stories of TinyStories have one with P >= {NEEDED}",
         f"grammar: {f'checked by {checker}' if problem is None else f'unknown, {problem}'}",
     ]
