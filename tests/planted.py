@@ -155,6 +155,31 @@ def validation_shifted(patch: Patch) -> None:
     patch(validation, "losses_and_hits", shifted)
 
 
+def validation_drops_its_last_batch(patch: Patch) -> None:
+    eval_batches = validation.eval_batches
+    patch(validation, "eval_batches", lambda tokens, **sizes: list(eval_batches(tokens, **sizes))[:-1])
+
+
+def padding_counts_in_validation(patch: Patch) -> None:
+    eval_batches = validation.eval_batches
+
+    def all_weighed(tokens: np.ndarray, **sizes: int) -> Any:
+        return ((block, np.ones_like(weights)) for block, weights in eval_batches(tokens, **sizes))
+
+    patch(validation, "eval_batches", all_weighed)
+
+
+def norms_only_decay(patch: Patch) -> None:
+    """Scales of norms get no gradient, and weight decay all the same."""
+    apply_updates = optax.apply_updates
+
+    def decay(params: Any, updates: Any) -> Any:
+        updated = apply_updates(params, updates)
+        return jax.tree.map(lambda was, new: new if was.ndim > 1 else 0.999 * was, params, updated)
+
+    patch(steps.optax, "apply_updates", decay)
+
+
 def no_end_tokens(patch: Patch) -> None:
     """Stories run on in the cache; manifest and checksum agree with that."""
     encode_ahead = cache._encode_ahead

@@ -229,6 +229,27 @@ def test_a_fault_of_caches_that_grow_is_found(config, plant):
     assert check.figures["greedy_tokens_that_differ"] > 0
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (planted.validation_drops_its_last_batch, "validation counts"),
+        (planted.padding_counts_in_validation, "of 1,000 tokens"),
+    ],
+)
+def test_a_fault_of_what_validation_counts_is_found(config, plant, fault, said):
+    plant(fault)
+    check = learning_checks.check_target_shift(doctor._complete(config, None), None, None)
+    assert check.outcome == Outcome.FAIL
+    assert said in check.note
+
+
+def test_norms_that_only_decay_are_found(config, plant):
+    plant(planted.norms_only_decay)
+    check = learning_checks.check_overfit(doctor._complete(config, None))
+    assert check.outcome == Outcome.FAIL
+    assert "norm.scale" in check.note
+
+
 @pytest.mark.parametrize("length", [2, 3, 5, 9, 13])
 def test_short_contexts_can_be_known_by_heart(config, length):
     short = doctor._complete(change(config, "data", sequence_length=length), None)
@@ -319,6 +340,14 @@ def test_validation_stories_in_the_training_split_are_found(config, tmp_path):
     checks = check_all(config, tmp_path)
     assert outcomes(checks, Outcome.FAIL) == ["data"]
     assert "200 of 200 validation stories" in the_failed(checks).note
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_found(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    check = machine_checks.check_machine(doctor._complete(config, None), tmp_path / "run", measure_memory=False)
+    assert check.outcome == Outcome.FAIL
+    assert "move it away" in check.note
 
 
 def test_too_little_room_for_the_checkpoints_is_found(config, tmp_path, monkeypatch):

@@ -74,6 +74,12 @@ def kept(workdir) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_to_be_moved_away(tmp_path, config):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="move away what stands in the folder's place"):
+        Checkpoints(tmp_path, config)
+
+
 def test_the_whole_state_comes_back_bit_for_bit(tmp_path, config, tokenizer):
     saved = save_run(tmp_path, config, tokenizer, {1: None, 2: None})
     with Checkpoints(tmp_path, config) as checkpoints:

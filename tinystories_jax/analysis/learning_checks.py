@@ -31,7 +31,7 @@ _OVERFIT_ROWS = 2
 _REPEATED_EVERY = 4  # tokens; what follows the repeated one is known by what stands before it alone
 _MOST_MICRO_BATCHES = 64
 _SHIFT_SHARE_BOUND = 0.9
-_EVALUATED_TOKENS = 1_024
+_EVALUATED_TOKENS = 1_000  # no whole number of batches, so that the last is padded
 _EVALUATION_BOUND = 0.25  # nats per token; one more or one less of a shift costs more than the ln 61 of a guess
 _INITIAL_LOSS_BOUND = 0.02  # relative
 _OVERFIT_BOUND = 0.1  # nats per token
@@ -53,16 +53,25 @@ def check_target_shift(config: Config, block: np.ndarray | None, tokenizer: Stor
     blocks = cycle[(starts + np.arange(length + 1)) % _CYCLE].astype(np.int32)
     state, metrics = _run(small, blocks, jnp.zeros(_VOCAB_SIZE, bool))
     trained = float(metrics.loss[-1])
-    validated = _validation_loss(state.params, np.resize(cycle, _EVALUATED_TOKENS), small)
+    validated, num_validated = _validate(state.params, np.resize(cycle, _EVALUATED_TOKENS), small)
     offset, share = _learnt_offset(jit_forward(small)(state.params, blocks[0, :, :-1]), blocks[0, :, :-1], cycle)
     return judge(
         "target shift",
-        offset == 1 and share >= _SHIFT_SHARE_BOUND and abs(validated - trained) <= _EVALUATION_BOUND,
+        offset == 1
+        and share >= _SHIFT_SHARE_BOUND
+        and abs(validated - trained) <= _EVALUATION_BOUND
+        and num_validated == _EVALUATED_TOKENS,
         f"{offset:+} at {share:.0%} of the positions; loss {trained:.3f}, by validation {validated:.3f}",
         f"+1 at {_SHIFT_SHARE_BOUND:.0%} or more; {_EVALUATION_BOUND} nats apart",
-        on_fail=_explain_shift(offset, share, trained, validated),
+        on_fail=_explain_shift(offset, share, trained, validated, num_validated),
         remark=describe(small),
-        figures={"offset": offset, "share": share, "training_loss": trained, "validation_loss": validated},
+        figures={
+            "offset": offset,
+            "share": share,
+            "training_loss": trained,
+            "validation_loss": validated,
+            "validated_tokens": num_validated,
+        },
         details=_show_pairs(block, tokenizer, offset),
     )
 
@@ -78,7 +87,7 @@ def _learnt_offset(logits_BTV: jax.Array, inputs_BT: np.ndarray, cycle: np.ndarr
     return offset - _CYCLE * (offset > _CYCLE // 2), float(counts.max() / inputs_BT.size)
 
 
-def _explain_shift(offset: int, share: float, trained: float, validated: float) -> str:
+def _explain_shift(offset: int, share: float, trained: float, validated: float, num_validated: float) -> str:
     if share < _SHIFT_SHARE_BOUND:
         return (
             f"no offset was learnt (at best {offset:+} at {share:.0%} of the positions): the loss does not teach what "
@@ -90,17 +99,23 @@ def _explain_shift(offset: int, share: float, trained: float, validated: float) 
             "the labels are shifted in more than one place, or in none. Such a model drops articles and other small "
             "words, without any error. Shift in train_step alone."
         )
+    if num_validated != _EVALUATED_TOKENS:
+        return (
+            f"validation counts {num_validated:,.0f} of {_EVALUATED_TOKENS:,} tokens: each must be a target once, and "
+            "padding none. See eval_batches and eval_step."
+        )
     return (
         f"validation measures {validated:.2f} nats on what training learnt to {trained:.2f}: it asks for other tokens "
-        "than training teaches, or weighs them otherwise. See eval_batches and eval_step."
+        "than training teaches. See eval_batches and eval_step."
     )
 
 
-def _validation_loss(params: Any, tokens: np.ndarray, config: Config) -> float:
+def _validate(params: Any, tokens: np.ndarray, config: Config) -> tuple[float, float]:
+    """Returns the mean loss, and how many tokens it was measured on."""
     no_articles_AV = jnp.zeros((1, config.model.vocab_size), bool)
     whole = dataclasses.replace(config, eval=dataclasses.replace(config.eval, max_batches=0))
     sums = sum_over_tokens(params, tokens, whole, no_articles_AV)
-    return float(sums.loss / sums.num_tokens)
+    return float(sums.loss / sums.num_tokens), float(sums.num_tokens)
 
 
 def _show_pairs(block: np.ndarray | None, tokenizer: StoryTokenizer | None, offset: int) -> tuple[str, ...]:
@@ -188,9 +203,7 @@ def _untrained(before: Any, after: Any) -> list[str]:
     found = []
     for (path, was), is_now in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         change = is_now.astype(np.float64) - was
-        # What is left of the change beside its part along the array itself; a vector of ones is not decayed.
-        if was.ndim > 1:
-            change -= was * (np.vdot(change, was) / np.vdot(was, was))
+        change -= was * (np.vdot(change, was) / np.vdot(was, was))  # what is along the array itself
         if np.linalg.norm(change) <= _UNTRAINED_BOUND * np.linalg.norm(was):
             found.append(jax.tree_util.keystr(path, simple=True, separator="."))
     return found

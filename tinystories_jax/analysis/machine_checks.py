@@ -34,8 +34,8 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
     problems += _place_problems(workdir)
     if free < needed:
         problems.append(
-            f"the checkpoints to come take {needed / 1e9:.1f} GB but {free / 1e9:.1f} GB are free at {workdir}; make "
-            "room, or give another --workdir or a lower --config.checkpoint.keep"
+            f"the checkpoints to come and {_gb(_MARGIN_BYTES)} for logs take {_gb(needed)} but {_gb(free)} are free at "
+            f"{workdir}; make room, or give another --workdir or a lower --config.checkpoint.keep"
         )
     remark = ""
     if measure_memory:
@@ -49,7 +49,7 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
         "machine",
         not problems,
         f"{device.device_kind}, {speed}, {free / 1e9:,.0f} GB of disk free",
-        f"{needed / 1e9:.1f} GB of disk for checkpoints to come",
+        f"{_gb(needed)} of disk for checkpoints to come and logs",
         on_fail="; ".join(problems),
         remark=remark,
         figures=figures,
@@ -89,7 +89,9 @@ def _nearest_folder(workdir: Path) -> Path:
 
 
 def _place_problems(workdir: Path) -> list[str]:
-    place = _nearest_folder(workdir)
+    place, checkpoints = _nearest_folder(workdir), workdir / "checkpoints"
+    if checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
+        return [f"{checkpoints} is no folder of the run's own; move it away, or give another --workdir"]
     if place.is_dir() and os.access(place, os.W_OK):
         return []
     return [f"{place} is no folder that can be written, so {workdir} cannot be made; give another --workdir"]

@@ -35,6 +35,8 @@ def way_out(error: Exception) -> str:
     closed = any(os.strerror(number) in str(error) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
     if os.strerror(errno.ENOENT) in str(error):
         return "put the folder back"
+    if os.strerror(errno.EEXIST) in str(error):
+        return "move away what stands in the folder's place"
     return "let it be written to" if closed else "make room"
 
 
