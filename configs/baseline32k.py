@@ -3,8 +3,8 @@
     python scripts/train.py --config configs/baseline32k.py --workdir runs/baseline32k
 
 Everything else is configs/top10k.py, but a larger vocabulary is a larger embedding, too.
-32,606,784 parameters; hardware and time as there. Compare bits per byte, never the loss per token, for the vocabularies
-differ.
+32,606,784 parameters; hardware as there, 1.4 times the time. Compare bits per byte, never the loss per token, for the
+vocabularies differ.
 Local text or a ready tokenizer can stand in for WikiText:
     --config.tokenizer.source=files --config.tokenizer.train_files=PATH   or   --config.tokenizer.path=TOKENIZER_JSON
 """

@@ -418,15 +418,22 @@ def test_no_block_is_refused_with_the_way_out():
         with_data(resolve(read_config("top10k")), vocab_size=300, num_blocks=0)
 
 
+def test_more_updates_than_can_be_counted_are_refused():
+    config = resolve(changed(train__num_epochs=1_000_000, train__batch_size=1, train__grad_accum_steps=1))
+    with_data(config, vocab_size=300, num_blocks=1_000)
+    with pytest.raises(UserError, match=r"train\.num_epochs=1,000,000 epochs are 1,001,000,000 updates"):
+        with_data(config, vocab_size=300, num_blocks=1_001)
+
+
 @pytest.mark.parametrize(("max_updates", "num_epochs"), [(1, 0), (1_000_000_000, 1), (0, 1_000_000)])
 @pytest.mark.parametrize(("batch_size", "grad_accum_steps"), [(1, 1), (1_048_576, 65_536)])
 def test_unknown_data_refuse_no_length(max_updates, num_epochs, batch_size, grad_accum_steps):
     lengths = {"train__max_updates": max_updates, "train__num_epochs": num_epochs}
     sizes = {"train__batch_size": batch_size, "train__grad_accum_steps": grad_accum_steps}
-    config = with_unknown_data(resolve(changed(**lengths, **sizes)))
+    config = with_unknown_data(resolve(changed(**lengths, **sizes)), vocab_size=4_321)
     assert config.schedule is not None
     assert config.schedule.total_updates == (max_updates or 1_000 * num_epochs)
-    assert config.model.vocab_size == 10_000
+    assert config.model.vocab_size == 4_321
 
 
 def test_what_only_the_data_can_tell_is_empty_before_it_and_nothing_else_changes():

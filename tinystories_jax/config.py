@@ -191,6 +191,11 @@ def with_data(config: Config, *, vocab_size: int, num_blocks: int) -> Config:
     train = config.train
     blocks_per_update = train.batch_size * train.grad_accum_steps
     total_updates = train.max_updates or -(-train.num_epochs * num_blocks // blocks_per_update)
+    if total_updates > _MAX_UPDATES:
+        raise UserError(
+            f"train.num_epochs={train.num_epochs:,} epochs are {total_updates:,} updates, more than {_MAX_UPDATES:,}; "
+            "give fewer epochs, or larger updates"
+        )
     num_epochs = total_updates * blocks_per_update // num_blocks
     if num_epochs > _MAX_EPOCHS:
         raise UserError(
@@ -214,12 +219,12 @@ def with_data(config: Config, *, vocab_size: int, num_blocks: int) -> Config:
 _UNKNOWN_UPDATES_PER_EPOCH = 1_000  # stands in for what the data alone can tell
 
 
-def with_unknown_data(config: Config) -> Config:
-    """Returns `config` as long as nobody knows its data: with the vocabulary asked for, and with a schedule in which
+def with_unknown_data(config: Config, *, vocab_size: int) -> Config:
+    """Returns `config` as long as nobody knows its data: with a vocabulary of that size, and with a schedule in which
     `train.max_updates` are one epoch, or an epoch is 1,000 updates where that is not set. Refuses no config."""
     updates_per_epoch = config.train.max_updates or _UNKNOWN_UPDATES_PER_EPOCH
     blocks_per_update = config.train.batch_size * config.train.grad_accum_steps
-    return with_data(config, vocab_size=config.tokenizer.vocab_size, num_blocks=updates_per_epoch * blocks_per_update)
+    return with_data(config, vocab_size=vocab_size, num_blocks=updates_per_epoch * blocks_per_update)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -377,6 +382,8 @@ def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list
 
 _MAX_HEADS = 1_024
 _MAX_EPOCHS = 1_000_000
+_MAX_UPDATES = 1_000_000_000  # counted in int32
+MAX_GRAD_ACCUM_STEPS = 65_536
 # (field, lowest, highest), both allowed.
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.max_stories", 0, 2**40),
@@ -391,9 +398,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("model.rope_theta", 1.0, 1e12),
     ("model.dropout", 0.0, 0.9),
     ("train.batch_size", 1, 1_048_576),
-    ("train.grad_accum_steps", 1, 65_536),
+    ("train.grad_accum_steps", 1, MAX_GRAD_ACCUM_STEPS),
     ("train.num_epochs", 0, _MAX_EPOCHS),
-    ("train.max_updates", 0, 1_000_000_000),
+    ("train.max_updates", 0, _MAX_UPDATES),
     ("train.article_loss_weight", 1e-3, 1e3),
     ("optim.learning_rate", 0.0, 10.0),
     ("optim.min_learning_rate", 0.0, 10.0),

@@ -15,6 +15,7 @@ import pytest
 
 from tests.tiny import CONFIGS, make_tiny_config, read_tiny_values
 from tinystories_jax.analysis import measure, timing
+from tinystories_jax.analysis import plan as plan_module
 from tinystories_jax.analysis.measure import Measurement, measure_training
 from tinystories_jax.analysis.plan import (
     ASSUMED_MFU,
@@ -37,7 +38,7 @@ from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.data.prepare import prepare_data
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
-from tinystories_jax.data.tokenizer import train_bpe
+from tinystories_jax.data.tokenizer import save_tokenizer, train_bpe
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.checkpoint import checkpoint_bytes
@@ -167,8 +168,25 @@ def test_tinystories_without_a_cache_is_guessed_and_called_so(top10k):
     assert top10k.corpus.num_tokens == 470_000_000
     assert top10k.corpus.is_estimate
     text = format_plan(top10k)
-    assert "about 470,000,000 tokens, not measured: no token cache yet" in text
+    assert "about 470,000,000 tokens, by the vocabulary's size; no token cache yet" in text
     assert "about 17,930" in text
+
+
+def test_without_caches_the_vocabulary_is_that_of_the_tokenizer_that_is_given(tmp_path):
+    tokenizer = train_bpe(["Once upon a time Anna had a red ball."] * 9, vocab_size=300)
+    given = {"tokenizer__path": str(save_tokenizer(tokenizer, tmp_path)), "data__cache_dir": str(tmp_path)}
+    plan = make_plan(read_config("top10k", **given), measure=False)
+    vocab_size = tokenizer.vocab_size
+    assert vocab_size <= 300
+    assert plan.corpus.vocab_size == vocab_size
+    assert plan.parameters.embedding == vocab_size * read_config("top10k").model.d_model
+    assert plan.corpus.num_tokens == estimate_tokens(2_100_000, vocab_size)
+
+
+def test_what_is_not_measured_needs_no_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "made_up_tokens", None)
+    config = read_config("quickstart", data__sequence_length=1_048_576, data__cache_dir=str(tmp_path))
+    assert make_plan(config, measure=False).not_measured == "--nomeasure"
 
 
 def test_updates_that_are_set_are_no_guess(tmp_path):

@@ -247,6 +247,7 @@ def test_a_signal_before_the_first_update_saves_nothing_and_says_so(config, tmp_
     assert (result.update, result.signal) == (0, signal.SIGTERM)
     assert "before the first update" in result.summary()
     assert "sample.py" not in result.summary()
+    assert "of this start" not in result.summary()
     assert train_on(config, tmp_path).update == 6
 
 

@@ -32,7 +32,13 @@ def test_the_largest_of_the_halved_micro_batches_that_fits_is_named(monkeypatch)
 
 @pytest.mark.parametrize(
     ("batch_size", "micro_steps", "expected"),
-    [(8, 1, [(4, 2), (2, 4), (1, 8)]), (12, 1, [(6, 2), (3, 4), (1, 12)]), (7, 3, [(3, 7), (1, 21)]), (1, 4, [])],
+    [
+        (8, 1, [(4, 2), (2, 4), (1, 8)]),
+        (12, 1, [(6, 2), (3, 4), (1, 12)]),
+        (7, 3, [(3, 7), (1, 21)]),
+        (1, 4, []),
+        (65_539, 2, []),
+    ],
 )
 def test_smaller_micro_batches_make_the_same_update(batch_size, micro_steps, expected):
     assert list(memory.smaller_micro_batches(make_config(batch_size, micro_steps))) == expected
@@ -60,6 +66,8 @@ TREE_2, TREE_1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         (VERSION_1, {f"{TREE_1}/memory.limit_in_bytes": f"{2**63 - 4096}\n"}, None),
         (VERSION_2, {f"{TREE_2}/user/job/memory.max": "max\n"}, None),
         (VERSION_2, {f"{TREE_2}/other/memory.max": "1000\n"}, None),
+        (f"\nno group\n{VERSION_2}", {f"{TREE_2}/user/job/memory.max": "3000\n"}, 3000),
+        ("0::/a\u2028b\n", {f"{TREE_2}/a\u2028b/memory.max": "3000\n"}, 3000),
     ],
 )
 def test_the_memory_is_the_smallest_limit_of_the_control_groups(monkeypatch, tmp_path, groups, limits, expected):

@@ -112,7 +112,9 @@ def test_a_run_with_muon_goes_on_bit_for_bit_and_compiles_nothing_anew(tmp_path,
             stop_at(patch, 6, kill=False)
             assert train_on(config, tmp_path / "run").update == 4
         with jax.log_compiles():
-            assert train_on(config, tmp_path / "run").update == 6
+            result = train_on(config, tmp_path / "run")
+        assert result.update == 6
+        assert " s of this start" in result.summary()
         assert [record.message for record in caplog.records if "XLA compilation" in record.message] == []
         assert are_equal(state_of(config, tmp_path / "run"), state_of(config, tmp_path / "undisturbed"))
         assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "undisturbed")

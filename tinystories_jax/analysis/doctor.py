@@ -28,7 +28,7 @@ from tinystories_jax.analysis.schedule_check import check_schedule
 from tinystories_jax.analysis.small_copy import num_rows_measured
 from tinystories_jax.config import Config, with_data, with_unknown_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
-from tinystories_jax.data.prepare import PreparedData, find_data
+from tinystories_jax.data.prepare import PreparedData, find_data, find_vocab_size
 from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.training.checkpoint import require_checkpoints
 from tinystories_jax.training.memory import SMALLER
@@ -184,9 +184,16 @@ def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
 def _complete(config: Config, data: PreparedData | None) -> Config:
     """Returns `config` with vocabulary and schedule: those of the data, or what stands in for them without it."""
     if data is None:
-        return with_unknown_data(config)
+        return with_unknown_data(config, vocab_size=_vocab_size(config))
     blocks = num_blocks(len(data.train.tokens), config.data.sequence_length)
     return with_data(config, vocab_size=data.tokenizer.vocab_size, num_blocks=blocks)
+
+
+def _vocab_size(config: Config) -> int:
+    try:
+        return find_vocab_size(config)
+    except UserError:  # of which the check of tokenizer and cache tells
+        return config.tokenizer.vocab_size
 
 
 def _first_block(config: Config, data: PreparedData) -> np.ndarray:

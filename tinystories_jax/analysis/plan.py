@@ -15,7 +15,7 @@ from tinystories_jax.analysis.benchmark.inputs import made_up_tokens
 from tinystories_jax.analysis.measure import Measurement, measure_training
 from tinystories_jax.config import Config, ModelConfig, with_data, with_unknown_data
 from tinystories_jax.data.cache import cache_bytes, num_blocks
-from tinystories_jax.data.prepare import PreparedData, find_data
+from tinystories_jax.data.prepare import PreparedData, find_data, find_vocab_size
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import init_params
 from tinystories_jax.training.checkpoint import max_checkpoints
@@ -54,7 +54,7 @@ _TOKENS_BY_VOCAB_SIZE = {
 @dataclass(frozen=True)
 class Corpus:
     """The training split, and the token caches of both. Until they are there, `num_tokens` and `caches_bytes` are
-    estimates or None, `vocab_size` what was asked."""
+    estimates or None, `vocab_size` that of the tokenizer that is there, or what was asked."""
 
     num_tokens: int | None
     caches_bytes: int | None
@@ -162,8 +162,7 @@ def make_plan(
     config = with_corpus(config, corpus)
     work = count_work(config, corpus)
     flops = count_flops(config, work)
-    tokens = made_up_tokens(config) if data is None else data.train.tokens
-    measurement, not_measured = _try_to_measure(config, tokens, log) if measure else (None, "--nomeasure")
+    measurement, not_measured = _try_to_measure(config, data, log) if measure else (None, "--nomeasure")
     device = jax.devices()[0].device_kind
     mfu, mfu_origin = _choose_mfu(mfu, measurement)
     return Plan(
@@ -184,8 +183,11 @@ def make_plan(
     )
 
 
-def _try_to_measure(config: Config, tokens: np.ndarray, log: Callable[[str], None]) -> tuple[Measurement | None, str]:
+def _try_to_measure(
+    config: Config, data: PreparedData | None, log: Callable[[str], None]
+) -> tuple[Measurement | None, str]:
     """Returns the measurement, or why there is none: what the config alone tells stands all the same."""
+    tokens = made_up_tokens(config) if data is None else data.train.tokens
     try:
         return measure_training(config, tokens, log), ""
     except UserError as error:
@@ -198,18 +200,20 @@ def describe_corpus(config: Config, data: PreparedData | None) -> Corpus:
         vocab_size, manifests = data.tokenizer.vocab_size, (data.train.manifest, data.valid.manifest)
         caches = sum(cache_bytes(vocab_size, num_stories=m.num_stories, num_tokens=m.num_tokens) for m in manifests)
         return Corpus(data.train.manifest.num_tokens, caches, False, f"counted in {data.train.folder}", vocab_size)
-    vocab_size = config.tokenizer.vocab_size
+    vocab_size = find_vocab_size(config)
     if config.data.source != "hub" or config.data.hub_name != _TINYSTORIES:
         return Corpus(None, None, False, "unknown until python scripts/prepare.py has run", vocab_size)
     num_stories = min(config.data.max_stories or _TINYSTORIES_STORIES, _TINYSTORIES_STORIES)
     all_stories = num_stories + _TINYSTORIES_VALID_STORIES
     num_tokens, all_tokens = (estimate_tokens(stories, vocab_size) for stories in (num_stories, all_stories))
     caches = cache_bytes(vocab_size, num_stories=all_stories, num_tokens=all_tokens)
-    return Corpus(num_tokens, caches, True, "not measured: no token cache yet", vocab_size)
+    origin = "by the vocabulary's size; no token cache yet"
+    return Corpus(num_tokens, caches, True, origin, vocab_size)
 
 
 def estimate_tokens(num_stories: int, vocab_size: int) -> int:
-    """Returns about how many tokens so many stories of TinyStories are under a vocabulary of their own."""
+    """Returns about how many tokens so many stories of TinyStories are under a vocabulary of their own; under one of
+    other text they are some more (3 % of 32,000 tokens made for WikiText, docs/recipe.md)."""
     sizes, ratios = zip(*_TOKENS_BY_VOCAB_SIZE.items(), strict=True)
     ratio = float(np.interp(np.log(vocab_size), np.log(sizes), ratios))
     return round(_TINYSTORIES_TOKENS * ratio * num_stories / _TINYSTORIES_STORIES)
@@ -218,7 +222,7 @@ def estimate_tokens(num_stories: int, vocab_size: int) -> int:
 def with_corpus(config: Config, corpus: Corpus) -> Config:
     """Returns `config` with its schedule, or with what stands in for it where the count of tokens is unknown."""
     if corpus.num_tokens is None:
-        return with_unknown_data(config)
+        return with_unknown_data(config, vocab_size=corpus.vocab_size)
     blocks = num_blocks(corpus.num_tokens, config.data.sequence_length)
     return with_data(config, vocab_size=corpus.vocab_size, num_blocks=blocks)
 

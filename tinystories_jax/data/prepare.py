@@ -115,6 +115,12 @@ def find_data(config: Config) -> PreparedData | None:
     return _gather(tokenizer, train, valid)
 
 
+def find_vocab_size(config: Config) -> int:
+    """Returns the size of the tokenizer that is there, else that asked for; raises `UserError` as `find_data` does."""
+    tokenizer = _find_tokenizer(config.data, config.tokenizer)
+    return config.tokenizer.vocab_size if tokenizer is None else tokenizer.vocab_size
+
+
 def find_cache(data: DataConfig, split: str, fingerprint: str, tokenizer: StoryTokenizer) -> TokenCache | None:
     """Returns the cache of a split (train or validation) that a checkpoint names by its fingerprint; None if not there.
 

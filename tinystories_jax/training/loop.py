@@ -71,7 +71,10 @@ class TrainResult:
     def summary(self) -> str:
         """Returns what the user needs next, a few lines."""
         minutes, seconds = divmod(round(self.seconds), 60)
-        lines = [f"update {self.update:,} of {self.total_updates:,} in {minutes} min {seconds} s"]
+        lines = [
+            f"update {self.update:,} of {self.total_updates:,} in {minutes} min {seconds} s"
+            + " of this start" * (self.updates_done < self.update)
+        ]
         if self.signal:
             saved = " and saved" if self.update else " before the first update"
             lines[0] += f", stopped by {signal.Signals(self.signal).name}{saved}; the same command goes on from here"

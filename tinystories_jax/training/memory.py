@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinystories_jax.config import Config
+from tinystories_jax.config import MAX_GRAD_ACCUM_STEPS, Config
 from tinystories_jax.errors import is_out_of_memory
 from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.training.optim import make_optimizer
@@ -69,11 +69,11 @@ def _control_group_limits() -> Iterator[int]:
     In a container its own group may stand at the root and those above out of sight: what cannot be read is no limit.
     """
     try:
-        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+        lines = os.fsdecode((_ROOT / "proc/self/cgroup").read_bytes()).split("\n")
     except OSError:
         return
     for line in lines:
-        number, controllers, group = line.split(":", 2)
+        number, controllers, group = (*line.split(":", 2), "", "")[:3]
         if "memory" in controllers.split(","):
             tree, limit = _ROOT / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         elif number == "0":
@@ -127,4 +127,6 @@ def smaller_micro_batches(config: Config) -> Iterator[tuple[int, int]]:
     per_update, rows = config.train.batch_size * config.train.grad_accum_steps, config.train.batch_size
     while rows > 1:
         rows = max(size for size in range(1, rows // 2 + 1) if per_update % size == 0)
+        if per_update // rows > MAX_GRAD_ACCUM_STEPS:
+            return
         yield rows, per_update // rows
