@@ -17,7 +17,13 @@ from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config
 from tinystories_jax.model.transformer import forward, init_params
 from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.steps import TrainState, fresh_params, init_state, make_train_step
+from tinystories_jax.training.steps import (
+    TrainState,
+    fresh_params,
+    init_state,
+    make_train_step,
+    step_compiler_options,
+)
 
 NO_ARTICLES_V = jnp.zeros(61, bool)
 
@@ -48,6 +54,7 @@ def step_of(config: Config, *, for_many_updates: bool = False) -> Any:
 
 
 def start(config, **flags: bool) -> tuple[Any, Any]:
+    step_compiler_options(config.model.dtype)  # pytest forgets which warnings are not to be seen
     return jax.tree.map(jnp.copy, initial_state(config)), step_of(config, **flags)
 
 
