@@ -44,13 +44,13 @@ def main() -> None:
                 for flag in of_a_model
             ]
         )
-    _check_output(_JSON.value, _STORIES.value or _DATA.value)
+    run = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    _check_output(_JSON.value, _STORIES.value or _DATA.value, run)
     from tinystories_jax.evaluation.evaluate import Writing, evaluate_file, evaluate_run
     from tinystories_jax.evaluation.judge import read_judge
     from tinystories_jax.evaluation.results import format_text, write_evaluation, write_json
     from tinystories_jax.training.checkpoint import restore_params
 
-    run = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
     judge = read_judge(_JUDGE.value, os.environ, run and run / "judge.jsonl")
     if run is None:
         evaluation = evaluate_file(_STORIES.value or "", limit=_NUM_STORIES.value, judge=judge)
@@ -79,12 +79,11 @@ def main() -> None:
         raise UserError(asked["problem"])
 
 
-def _check_output(output: str, source: str) -> None:
+def _check_output(output: str, source: str, run: Path | None) -> None:
     """Raises `UserError` now, and not after minutes, where the figures could not be written or would be read again."""
     if output and not Path(output).parent.is_dir():
         raise UserError(f"--json={output}: the folder {Path(output).parent} does not exist; make it, or name another")
-    run = Path(_CHECKPOINT.value).resolve() if _CHECKPOINT.value else None
-    if output and run and Path(output).exists() and Path(output).resolve().is_relative_to(run):
+    if output and run and Path(output).exists() and Path(output).resolve().is_relative_to(run.resolve()):
         raise UserError(f"--json={output} is a file of the run; name another one, outside of it")
     if output and source and Path(output).is_file() and any(Path(output).samefile(path) for path in find_files(source)):
         raise UserError(f"--json={output} is the file that is read; name another one")

@@ -348,6 +348,11 @@ def test_a_file_in_the_place_of_the_checkpoints_is_found(config, tmp_path):
     check = machine_checks.check_machine(doctor._complete(config, None), tmp_path / "run", measure_memory=False)
     assert check.outcome == Outcome.FAIL
     assert "move it away" in check.note
+    (tmp_path / "run" / "checkpoints").unlink()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
+    check = machine_checks.check_machine(doctor._complete(config, None), tmp_path / "run", measure_memory=False)
+    assert check.outcome == Outcome.FAIL
+    assert "is a link" in check.note
 
 
 def test_too_little_room_for_the_checkpoints_is_found(config, tmp_path, monkeypatch):

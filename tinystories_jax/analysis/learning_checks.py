@@ -170,13 +170,14 @@ def check_overfit(config: Config) -> Check:
     size = (_OVERFIT_ROWS, small.data.sequence_length + 1)
     rows = 1 + np.random.RandomState(5).permutation(small.model.vocab_size - 1)[: math.prod(size)].reshape(size)
     rows[:, 1::_REPEATED_EVERY] = rows[0, 1]
+    rows = rows.astype(np.int32)
     state, train_step = start(small)
     before = jax.device_get(state.params)
     no_articles_V = jnp.zeros(small.model.vocab_size, bool)
     loss, updates = math.inf, 0
     while updates < _OVERFIT_UPDATES and not loss < _OVERFIT_BOUND:
         for _ in range(10):
-            state, metrics = train_step(state, rows.astype(np.int32), no_articles_V)
+            state, metrics = train_step(state, rows, no_articles_V)
         updates, loss = updates + 10, float(metrics.loss)
     untrained = _untrained(before, jax.device_get(state.params))
     return judge(

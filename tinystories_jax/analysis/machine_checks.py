@@ -13,11 +13,13 @@ from tinystories_jax.analysis.check import Check, judge, skip
 from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
+from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.validation import validate
 from tinystories_jax.training import memory
 from tinystories_jax.training.checkpoint import bytes_to_come, restore_params
 from tinystories_jax.training.jsonl import read_jsonl
 from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
+from tinystories_jax.training.run_folder import require_own_files
 
 _OLDEST_DRIVER = 525  # the first that runs CUDA 12
 _LOSS_BOUND = 1e-3  # relative: another device rounds otherwise
@@ -90,7 +92,11 @@ def _nearest_folder(workdir: Path) -> Path:
 
 def _place_problems(workdir: Path) -> list[str]:
     place, checkpoints = _nearest_folder(workdir), workdir / "checkpoints"
-    if checkpoints.is_symlink() or (checkpoints.exists() and not checkpoints.is_dir()):
+    try:
+        require_own_files(workdir)
+    except UserError as error:
+        return list(error.problems)
+    if checkpoints.exists() and not checkpoints.is_dir():
         return [f"{checkpoints} is no folder of the run's own; move it away, or give another --workdir"]
     if place.is_dir() and os.access(place, os.W_OK):
         return []
