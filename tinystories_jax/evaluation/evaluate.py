@@ -218,8 +218,11 @@ def _describe_writing(writing: Writing, config: Config, *, has_train_cache: bool
     ]
     if config.data.source == "sample":
         notes.append("the model was trained on the bundled sample, which this project made up: it is not TinyStories")
-    if not has_train_cache:
-        notes.append(f"copies: not looked for, no training cache in data.cache_dir={config.data.cache_dir}")
+    notes.append(
+        "copies: their real stories are the run's own validation stories"
+        if has_train_cache
+        else f"copies: not looked for, no training cache in data.cache_dir={config.data.cache_dir}"
+    )
     return notes
 
 
@@ -237,7 +240,7 @@ def _describe_text(text: TextScores) -> list[str]:
     real, counted, problem = real_scores(), shipped_reference().articles.num_stories, checker_problem()
     checker = " ".join(f"{name} {version}" for name, version in CHECKER.items())
     notes = [
-        f"real stories: {real.num_stories} held-out ones of TinyStories; of copies, the run's own validation stories",
+        f"real stories: {real.num_stories} held-out ones of TinyStories",
         f"articles: needed where {counted:,} stories of TinyStories have one with P >= {NEEDED}",
         f"grammar: {f'checked by {checker}' if problem is None else f'unknown, {problem}'}",
     ]
