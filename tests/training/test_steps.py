@@ -15,7 +15,8 @@ import pytest
 from tests.lowered import text_as_called
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config
-from tinystories_jax.model.transformer import forward, init_params
+from tinystories_jax.model import transformer
+from tinystories_jax.model.transformer import forward
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import (
     TrainState,
@@ -76,13 +77,15 @@ def assert_trees_equal(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-def test_whoever_asks_gets_the_parameters_of_a_config_from_one_program(tiny_config):
+def test_matrices_of_a_shape_are_drawn_by_one_program_whoever_asks(tiny_config):
+    program: Any = transformer._draw_normal
+    program.clear_cache()
     params = fresh_params(tiny_config)
-    program: Any = init_params
-    num_programs = program._cache_size()
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
+    assert program._cache_size() == len(shapes) == 5
     state = init_state(tiny_config, make_optimizer(tiny_config))
     assert_trees_equal(params, state.params)
-    assert program._cache_size() == num_programs > 0
+    assert program._cache_size() == len(shapes)
 
 
 def test_the_loss_at_initialisation_is_about_ln_v(tiny_config):
