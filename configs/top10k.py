@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
                 "early_stopping_patience": 0,  # evaluations without a better loss before stopping; 0: never
             },
             "checkpoint": {
-                "every": 500,  # updates between checkpoints; the best and one per epoch are kept besides
+                "every": 500,  # updates between checkpoints; the best, and of epochs up to 20, are kept besides
                 "keep": 2,  # latest checkpoints kept
             },
             "sample": {

@@ -166,8 +166,11 @@ def resolve(values: Mapping[str, Any]) -> Config:
         problems.append("seed is missing; add config.seed = 0")
     sections: dict[str, dict[str, Any]] = {}
     for name, section_type in _SECTIONS.items():
-        present = dict(values[name].items()) if hasattr(values.get(name), "items") else {}
-        if not present:
+        given: Any = values.get(name)
+        present = dict(given.items()) if hasattr(given, "items") else {}
+        if given and not present:
+            problems.append(f"section {name}={_show(given)} must be a ConfigDict; see configs/top10k.py")
+        elif not present:
             problems.append(f"section {name} is missing; see configs/top10k.py")
         sections[name] = _read_section(name, section_type, present, problems)
     problems += _check_values(seed, sections)
@@ -198,10 +201,11 @@ def with_data(config: Config, *, vocab_size: int, num_blocks: int) -> Config:
         )
     num_epochs = total_updates * blocks_per_update // num_blocks
     if num_epochs > _MAX_EPOCHS:
+        name = "max_updates" if train.max_updates else "num_epochs"
         raise UserError(
-            f"train.max_updates={train.max_updates:,} updates of {blocks_per_update:,} blocks (train.batch_size times "
-            f"train.grad_accum_steps) are {num_epochs:,} epochs of {num_blocks:,} blocks, more than {_MAX_EPOCHS:,}; "
-            "give more stories or fewer updates"
+            f"train.{name}={getattr(train, name):,}: {total_updates:,} updates of {blocks_per_update:,} blocks "
+            f"(train.batch_size times train.grad_accum_steps) are {num_epochs:,} epochs of {num_blocks:,} blocks, more "
+            f"than {_MAX_EPOCHS:,}; give more stories or a lower --config.train.{name}"
         )
     epoch_ends = tuple(-(-epoch * num_blocks // blocks_per_update) for epoch in range(1, num_epochs + 1))
     schedule = Schedule(
@@ -245,7 +249,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         schedule = Schedule(**{**stored, "epoch_ends": tuple(stored["epoch_ends"])})
         vocab_size = values["model"]["vocab_size"]
         for count in (*dataclasses.astuple(schedule)[:-1], *schedule.epoch_ends, vocab_size):
-            if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**53:
+            if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < _MAX_INTEGER:
                 raise ValueError(f"{count!r:.50} is no count")
         if not (schedule.num_blocks and schedule.blocks_per_update and schedule.total_updates and vocab_size):
             raise ValueError("a count is 0")
@@ -257,8 +261,17 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def contradictions(of_run: Config, requested: Config) -> list[str]:
-    """Returns one line per field in which `requested` would not continue the run that `of_run` describes."""
-    return [f"{name}: the run has {before}, requested {now}" for name, before, now in differences(of_run, requested)]
+    """Returns one line per field in which `requested` would not continue the run that `of_run` describes.
+
+    Derived values are named only where no field that a user sets differs.
+    """
+    found = differences(of_run, requested)
+    # Which checkpoint is best and when patience ends follow from losses that compare on the same tokens alone.
+    batches = of_run.eval.max_batches, requested.eval.max_batches
+    if batches[0] != batches[1]:
+        found.append(("eval.max_batches", *batches))
+    found = [item for item in found if not _is_derived(item[0])] or found
+    return [f"{name}: the run has {before}, requested {now}" for name, before, now in found]
 
 
 def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
@@ -291,17 +304,32 @@ def _read_section(name: str, section_type: type, values: dict[str, Any], problem
     return typed
 
 
+def _is_derived(name: str) -> bool:
+    section, _, field = name.partition(".")
+    return section == "schedule" or (section in _SECTIONS and field in _derived_fields(_SECTIONS[section]))
+
+
 def _derived_fields(section_type: type) -> list[str]:
     return [item.name for item in dataclasses.fields(section_type) if item.metadata.get("derived")]
 
 
+_MAX_INTEGER = 2**53  # a larger one is not a float any more, nor would JSON give it back everywhere
+_WANTED = {
+    bool: "bool",
+    int: "int",
+    float: "a finite float",
+    str: "str without null characters",
+    tuple[str, ...]: "a tuple of strings without null characters",
+}
+
+
 def _typed(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
     """Returns `value` as `hint` (int may stand for float, a list for a tuple), or notes a problem."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-    # A larger integer is not a float any more, nor would JSON give it back everywhere.
-    if is_number and isinstance(value, int) and abs(value) >= 2**53:
-        is_number = False
-    if hint is float and is_number:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and isinstance(value, int) and abs(value) >= _MAX_INTEGER:
+        problems.append(f"{name}={_show(value)} must be between -2**53 and 2**53")
+        return None
+    if hint is float and is_number and math.isfinite(value):
         return float(value)
     if hint is int and is_number and isinstance(value, int):
         return value
@@ -311,9 +339,7 @@ def _typed(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
         return value
     if hint == tuple[str, ...] and isinstance(value, (tuple, list)) and all(map(_is_text, value)):
         return tuple(value)
-    wanted = "a tuple of strings" if hint == tuple[str, ...] else f"a finite {hint.__name__}"
-    wanted = wanted if hint in (float, tuple[str, ...]) else hint.__name__
-    problems.append(f"{name}={_show(value)} must be {wanted}{' without null characters' * ('str' in wanted)}")
+    problems.append(f"{name}={_show(value)} must be {_WANTED[hint]}")
     return None
 
 

@@ -85,7 +85,7 @@ def write_evaluation(
     *,
     articles: tuple[float, float, float],
     grammar: tuple[float, float, float],
-    temperature: float = 1.0,
+    temperature: float | None = 1.0,
 ) -> None:
     """Writes an evaluation.json; each figure is a value and its interval."""
     score = {"name": "grammar", "unit": "of 10", "value": grammar[0], "interval": grammar[1:]}

@@ -299,6 +299,9 @@ def test_a_start_is_timed_by_phase(tmp_path, monkeypatch):
     values = read_tiny_values()
     values.data.update(source="hub", cache_dir=str(tmp_path / "cache"))
     values.tokenizer.update(vocab_size=300, max_samples=200)
+    values.tokenizer.update(
+        source="hub", hub_name="nobody/nothing", hub_revision="0" * 40
+    )  # of which nothing may be fetched
     values.data.update(max_stories=300, sequence_length=64)  # tokens enough for the prompts
     found = start.measure_start(resolve(values), 2, 1, lambda line: None)
     for phases in found["nodoctor"].values():

@@ -1,6 +1,7 @@
 """The peer computes our function: Hugging Face's Llama with our parameters gives our loss. Where PyTorch is installed,
 it is trained and writes as well; it is an optional package of some hundred MB that the tests do without."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,9 @@ def test_what_the_peer_cannot_express_is_refused(monkeypatch):
     require_peer(tiny_config())
     with pytest.raises(UserError, match=r"model.dropout=0.1"):
         require_peer(tiny_config(dropout=0.1))
+    with_muon = dataclasses.replace(tiny_config().optim, muon_learning_rate=0.01)
+    with pytest.raises(UserError, match=r"optim.muon_learning_rate=0.01"):
+        require_peer(dataclasses.replace(tiny_config(), optim=with_muon))
 
 
 # ---- with PyTorch

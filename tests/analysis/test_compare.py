@@ -138,7 +138,12 @@ def test_scores_at_other_temperatures_do_not_compare(tmp_path):
     assert verdict_on(comparison, BITS).found is False
 
 
-# ---- what is said
+def test_runs_of_one_name_that_were_written_otherwise_are_told_of(tmp_path):
+    runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", seed=1)]
+    for run, temperature in zip(runs, (1.0, None), strict=True):
+        write_evaluation(run, articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0), temperature=temperature)
+    told = "run 200 stories at temperature 1; run 200 stories at an unknown temperature."
+    assert any(told in doubt for doubt in compare(runs).doubts)
 
 
 def test_a_difference_larger_than_the_noise_is_found(tmp_path):

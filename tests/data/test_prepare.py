@@ -20,6 +20,7 @@ from tinystories_jax.data.prepare import (
     find_data,
     prepare_data,
     prepare_tokenizer,
+    rebuild_command,
 )
 from tinystories_jax.data.stories import END_OF_STORY
 from tinystories_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
@@ -30,6 +31,21 @@ ROOT = Path(__file__).parents[2]
 
 
 WITHOUT_FILES = {"data__train_files": "", "data__valid_files": ""}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--config", "c.py", "--workdir=w", "--config.seed=1"], "--config c.py --config.seed=1"),
+        (["--config=c.py", "--config.model.remat", "--workdir=w"], "--config=c.py --config.model.remat"),
+        (["-config", "c.py", "--nodoctor"], "-config c.py"),
+        (["--config=c.py", "--config.seed", "1", "--workdir", "w"], "--config=c.py --config.seed 1"),
+        ([], "--config CONFIG"),
+    ],
+)
+def test_the_command_that_builds_again_has_what_this_one_says_of_the_config(monkeypatch, given, told):
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    assert rebuild_command() == f"python scripts/prepare.py {told} --rebuild"
 
 
 def story(index: int) -> str:

@@ -1,6 +1,8 @@
 """Checkpoints: what is kept, what comes back bit for bit, and what is refused by name."""
 
 import dataclasses
+import errno
+import os
 import shutil
 
 import jax
@@ -13,10 +15,17 @@ from tinystories_jax.config import Config
 from tinystories_jax.data.tokenizer import StoryTokenizer, train_bpe
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, restore_params
+from tinystories_jax.training.checkpoint import (
+    Checkpoints,
+    checkpoint_bytes,
+    is_due,
+    max_checkpoints,
+    restore_params,
+)
 from tinystories_jax.training.environment import describe_environment
 from tinystories_jax.training.meta import Evaluation, History, Meta
 from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.run_folder import way_out
 from tinystories_jax.training.steps import TrainState, init_state, make_train_step
 
 
@@ -76,8 +85,33 @@ def kept(workdir) -> list[int]:
 
 def test_a_file_in_the_place_of_the_checkpoints_is_to_be_moved_away(tmp_path, config):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="move away what stands in the folder's place"):
+    with pytest.raises(UserError, match="move away what stands in its place"):
         Checkpoints(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EACCES, "let it be written to"),
+        (errno.EISDIR, "move away what stands in its place"),
+        (errno.EIO, "mend that"),
+    ],
+)
+def test_the_way_out_is_that_of_the_fault(number, advice):
+    assert way_out(OSError(number, os.strerror(number))) == advice
+    assert way_out(ValueError(f"of another library: {os.strerror(number)}")) == advice
+
+
+@pytest.mark.parametrize(("num_epochs", "kept_epochs"), [(0, 0), (1, 1), (20, 20), (21, 10), (400, 20), (11_719, 19)])
+def test_of_many_epochs_not_every_checkpoint_is_kept(config, num_epochs, kept_epochs):
+    ends = tuple(range(5, 5 * num_epochs + 1, 5))
+    config = dataclasses.replace(
+        config, schedule=dataclasses.replace(config.schedule, total_updates=10**6, epoch_ends=ends)
+    )
+    assert max_checkpoints(config) == config.checkpoint.keep + 2 + kept_epochs
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=10**6))
+    assert sum(is_due(end, config) for end in ends) == kept_epochs
 
 
 def test_the_whole_state_comes_back_bit_for_bit(tmp_path, config, tokenizer):

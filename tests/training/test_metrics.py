@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+import struct
 import subprocess
 import sys
 
 import jax
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 from tests.test_cli import ROOT
 from tests.tiny import make_tiny_config
@@ -40,6 +42,16 @@ TOP10K = ModelConfig(
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def events_of(path):
+    """Returns the events of a file of TFRecords: a length, its checksum, so many bytes, their checksum."""
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return events
 
 
 def open_log(workdir, *, state: FileState | None = None, update: int = 0, tensorboard: bool = False) -> MetricsLog:
@@ -77,7 +89,16 @@ def test_each_update_stands_once_after_a_restart(tmp_path):
         log.write([{"update": update, "train/loss": -1.0} for update in (4, 5)])
     assert [row["update"] for row in rows_of(path)] == [1, 2, 3, 4, 5]
     assert [row["train/loss"] for row in rows_of(path)] == [4.0, 3.0, 2.0, -1.0, -1.0]
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_is_told_in_each_file_from_where_it_goes_on(tmp_path):
+    """Its reader passes over the first such event of a run, and hides what went before at all others."""
+    for update in (0, 3):
+        with open_log(tmp_path, update=update, tensorboard=True) as log:
+            log.write([{"update": update + 1, "train/loss": 1.0}])
+    files = sorted((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    starts = [[(event.step, event.session_log.status) for event in events_of(file)][1] for file in files]
+    assert starts == [(1, SessionLog.START), (4, SessionLog.START)]
 
 
 def test_nan_is_written_as_null(tmp_path):

@@ -24,7 +24,7 @@ def format_plan(plan: Plan) -> str:
 
 def _size_rows(plan: Plan) -> list[_Row]:
     parameters, state = plan.parameters, plan.state
-    kept = "the latest, that of a stop, the best, one per epoch"
+    kept = "the latest, that of a stop, the best, those at ends of epochs"
     if state.max_checkpoints is not None:
         kept = f"at most {state.max_checkpoints:,}: {kept}"
     embedding = f"vocabulary of {plan.corpus.vocab_size:,}"

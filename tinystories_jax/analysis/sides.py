@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tinystories_jax.analysis.run_files import RunFiles, number, read_run
+from tinystories_jax.analysis.run_files import RunFiles, StoredEvaluation, number, read_run
 from tinystories_jax.config import Config, differences
 from tinystories_jax.errors import UserError
 
@@ -117,9 +117,9 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
         and run.best is not None
         and run.evaluation.update != run.best["update"]
     ]
-    writings = {run.name: _writing(run) for run in runs if run.evaluation is not None}
-    if len(set(writings.values())) > 1:
-        told = "; ".join(f"{name} {writing}" for name, writing in writings.items())
+    writings = [(run.name, _writing(run.evaluation)) for run in runs if run.evaluation is not None]
+    if len({writing for _, writing in writings}) > 1:
+        told = "; ".join(f"{name} {writing}" for name, writing in writings)
         doubts.append(f"evaluate.py had the runs write differently, and such scores do not compare: {told}.")
     reference = bytes_per_token(runs[0])
     for run in runs[1:]:
@@ -131,10 +131,12 @@ def find_doubts(sides: Sequence[Side]) -> list[str]:
     return doubts
 
 
-def _writing(run: RunFiles) -> str:
-    """Returns how many stories evaluate.py had the run write, and how; their scores compare only where this agrees."""
-    assert run.evaluation is not None
-    return f"{run.evaluation.num_stories} stories at temperature {run.evaluation.temperature:g}"
+def _writing(evaluation: StoredEvaluation) -> str:
+    """Returns how many stories evaluate.py had a run write, and how; their scores compare only where this agrees."""
+    temperature = "an unknown temperature"
+    if evaluation.temperature is not None:
+        temperature = f"temperature {evaluation.temperature:g}"
+    return f"{evaluation.num_stories} stories at {temperature}"
 
 
 def _stories(config: Config, split: Literal["train", "valid"]) -> tuple[str, ...]:

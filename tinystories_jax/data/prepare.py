@@ -42,6 +42,7 @@ from tinystories_jax.streams import go_on_unread
 
 _TRAINER_VERSION = 1  # raise it when train_bpe gives another vocabulary for the same stories
 _META_FILE = "meta.json"
+_IS_CONFIG_FLAG = re.compile(r"--?config\b")
 _MAX_META_BYTES = 64 * 2**20  # it names the files of stories, as a cache's manifest does
 _HASHES_PER_CHUNK = 1_000_000
 
@@ -61,7 +62,8 @@ def rebuild_command() -> str:
     flags = [
         argument
         for before, argument in zip(["", *sys.argv], sys.argv, strict=False)
-        if argument.startswith("--config") or (before.startswith("--config") and "=" not in before)
+        if _IS_CONFIG_FLAG.match(argument)
+        or (_IS_CONFIG_FLAG.match(before) and "=" not in before and not argument.startswith("-"))
     ]
     return shlex.join(["python", "scripts/prepare.py", *(flags or ["--config", "CONFIG"]), "--rebuild"])
 

@@ -93,6 +93,8 @@ def _load_parser() -> tuple[ctypes.CDLL, int, int]:
         raise UserError(f"the library link-grammar is not on this machine; {problem}, or leave its figure out")
     library = ctypes.CDLL(name)
     for function, (result, arguments) in _SIGNATURES.items():
+        if not hasattr(library, function):
+            raise UserError(f"the library {name} is too old and lacks {function}; {problem}, or leave its figure out")
         getattr(library, function).restype = result
         getattr(library, function).argtypes = arguments
     library.lg_error_set_handler(None, None)  # it would tell of its locale on standard error

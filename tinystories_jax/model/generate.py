@@ -347,7 +347,8 @@ def _draw_index(keys_B: jax.Array, weights_BV: jax.Array) -> jax.Array:
     """Returns an int32 index per row, drawn in proportion to the weights; one of weight 0 is never drawn.
 
     By one random number a row and the running sum of the weights, where Gumbel noise takes a random number for every
-    token: on a CPU a tenth to a fifth of a step of 32 rows. First a block of tokens is chosen, then one of them.
+    token: on a CPU a tenth to a fifth of a step of 32 rows. First one of N blocks of M tokens each is chosen, then one
+    of its tokens.
     """
     batch_size, vocab_size = weights_BV.shape
     block = math.isqrt(vocab_size - 1) + 1

@@ -1,8 +1,10 @@
 """The loss: what turns hidden states, the output matrix and the next tokens into nats.
 
 Training never holds the logits of a whole micro-batch, which at the main recipe would be 1.3 GB of float32, written
-and read several times: `next_token_loss` makes them a piece of the text at a time, and takes from each piece its part
+and read several times: `next_token_loss` makes them a chunk of the text at a time, and takes from each chunk its part
 of the gradient before the next. Nor does evaluation, which would else need more memory than training.
+
+Shape suffixes beside those of transformer.py: N chunks of a text, C tokens of a chunk.
 """
 
 import jax
@@ -28,7 +30,7 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def losses_and_hits(hidden_BTD: jax.Array, output_DV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns losses_BT in nats, and whether each target is the likeliest token, hits_BT, by pieces of the text."""
+    """Returns losses_BT in nats, and whether each target is the likeliest token, hits_BT, by chunks of the text."""
 
     def look_at(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         hidden_BCD, targets_BC = chunk
@@ -111,29 +113,29 @@ def _scale_gradients(
 _chunked_loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def num_pieces(length: int) -> int:
-    """Returns into how many pieces a text of `length` tokens is cut."""
-    return -(-length // _size_of_piece(length))
+def num_chunks(length: int) -> int:
+    """Returns into how many chunks a text of `length` tokens is cut."""
+    return -(-length // _chunk_size(length))
 
 
-def _size_of_piece(length: int) -> int:
+def _chunk_size(length: int) -> int:
     return -(-length // min(_NUM_CHUNKS, length))
 
 
 def _split(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns arrays (B, T, ...) as equal pieces of the text (N, B, C, ...), zeros behind its end."""
+    """Returns arrays (B, T, ...) as equal chunks of the text (N, B, C, ...), zeros behind its end."""
     length = arrays[0].shape[1]
-    count, size = num_pieces(length), _size_of_piece(length)
+    count, size = num_chunks(length), _chunk_size(length)
 
     def split(array: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, count * size - length), *[(0, 0)] * (array.ndim - 2)]
-        pieces = jnp.pad(array, padding).reshape(array.shape[0], count, size, *array.shape[2:])
-        return jnp.moveaxis(pieces, 1, 0)
+        chunks = jnp.pad(array, padding).reshape(array.shape[0], count, size, *array.shape[2:])
+        return jnp.moveaxis(chunks, 1, 0)
 
     return tuple(split(array) for array in arrays)
 
 
-def _join(pieces: jax.Array, length: int) -> jax.Array:
-    """Returns pieces (N, B, C, ...) as one array (B, T, ...), without what was put behind the end."""
-    joined = jnp.moveaxis(pieces, 0, 1)
+def _join(chunks: jax.Array, length: int) -> jax.Array:
+    """Returns chunks (N, B, C, ...) as one array (B, T, ...), without what was put behind the end."""
+    joined = jnp.moveaxis(chunks, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]

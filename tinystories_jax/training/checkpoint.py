@@ -1,4 +1,4 @@
-"""Checkpoints of a run (orbax): the latest ones, the best by validation loss, one per epoch.
+"""Checkpoints of a run (orbax): the latest ones, the best by validation loss, those at ends of epochs.
 
 A checkpoint is the folder WORKDIR/checkpoints/UPDATE with three parts: `params`; `training` (optimizer state and
 micro-step); `meta` (all else, with checksums of everything: see meta.py). Only committed checkpoints are ever seen, and
@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from tinystories_jax.config import Config
+from tinystories_jax.config import Config, Schedule
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import Params, init_params
 from tinystories_jax.training.environment import environment_changes
@@ -45,6 +45,7 @@ from tinystories_jax.training.run_folder import require_own_files, set_aside, wa
 from tinystories_jax.training.steps import TrainState, init_state
 
 _ITEMS = ("params", "training", "meta")
+_MAX_EPOCH_CHECKPOINTS = 20
 _MAX_MORE_BYTES = 2**26  # of one file of a checkpoint, beyond its arrays
 # orbax says at each step what it does through absl's logger; what a user must know reaches them as an exception.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -191,13 +192,19 @@ def is_due(update: int, config: Config) -> bool:
     """Says whether a run that nobody stops saves after `update`, whatever an evaluation there says."""
     schedule = config.schedule
     assert schedule is not None
-    return update % config.checkpoint.every == 0 or update in (schedule.total_updates, *schedule.epoch_ends)
+    return update % config.checkpoint.every == 0 or update in (schedule.total_updates, *_kept_epoch_ends(schedule))
+
+
+def _kept_epoch_ends(schedule: Schedule) -> tuple[int, ...]:
+    """Returns the ends of epochs whose checkpoints are kept: of each epoch, of many each second, third and so on."""
+    every = -(-len(schedule.epoch_ends) // _MAX_EPOCH_CHECKPOINTS) or 1
+    return schedule.epoch_ends[every - 1 :: every]
 
 
 class _Kept(checkpoint_managers.PreservationPolicy):
     """Keeps the latest checkpoint, the last `checkpoint.keep` ones that a run which nobody stops has, the best of all,
-    and one per epoch. What a stopped run saved between goes when it has gone on: in the end there is what would have
-    been. Best is what the run's own history says: orbax's metrics have no checksum."""
+    and those at ends of epochs. What a stopped run saved between goes when it has gone on: in the end there is what
+    would have been. Best is what the run's own history says: orbax's metrics have no checksum."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -207,7 +214,7 @@ class _Kept(checkpoint_managers.PreservationPolicy):
         assert self._config.schedule is not None
         updates = [checkpoint.step for checkpoint in checkpoints]
         due = sorted(update for update in updates if is_due(update, self._config) or self._improved(update))
-        kept = {max(updates), *due[-self._config.checkpoint.keep :], *self._config.schedule.epoch_ends}
+        kept = {max(updates), *due[-self._config.checkpoint.keep :], *_kept_epoch_ends(self._config.schedule)}
         kept.add(best_of(self.evaluations, updates))
         return [update in kept for update in updates]
 
@@ -223,9 +230,9 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def max_checkpoints(config: Config) -> int:
-    """Returns how many checkpoints a run can hold: the latest ones, that of a stop, the best, and one per epoch."""
+    """Returns how many checkpoints a run can hold: the latest ones, that of a stop, the best, and those of epochs."""
     assert config.schedule is not None
-    return config.checkpoint.keep + 2 + len(config.schedule.epoch_ends)
+    return config.checkpoint.keep + 2 + len(_kept_epoch_ends(config.schedule))
 
 
 def bytes_to_come(config: Config, workdir: Path) -> int:

@@ -134,9 +134,9 @@ class _Board:
         except OSError as error:
             raise cannot_write(folder, error) from error
         self._file = open_unbuffered(self._path, keep_bytes=0)
-        self._append([Event(file_version="brain.Event:2")])
-        if update:
-            self._append([Event(step=update + 1, session_log=SessionLog(status=SessionLog.START))])
+        start = Event(step=update + 1, session_log=SessionLog(status=SessionLog.START))
+        # In the first file of a run too: TensorBoard hides nothing at the first such event that it reads.
+        self._append([Event(file_version="brain.Event:2"), start])
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         events = []

@@ -29,15 +29,21 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
+_WAYS_OUT = (
+    ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    ((errno.EROFS, errno.EACCES, errno.EPERM), "let it be written to"),
+    ((errno.ENOENT,), "put the folder back"),
+    ((errno.EEXIST, errno.EISDIR, errno.ENOTDIR), "move away what stands in its place"),
+)
+
+
 def way_out(error: Exception) -> str:
     """Returns what the user must do before the same command can go on."""
-    # tensorstore raises other errors, with the system's words in them.
-    closed = any(os.strerror(number) in str(error) for number in (errno.EROFS, errno.EACCES, errno.EPERM))
-    if os.strerror(errno.ENOENT) in str(error):
-        return "put the folder back"
-    if os.strerror(errno.EEXIST) in str(error):
-        return "move away what stands in the folder's place"
-    return "let it be written to" if closed else "make room"
+    for numbers, advice in _WAYS_OUT:
+        # tensorstore raises other errors, with the system's words in them.
+        if any(os.strerror(number) in str(error) for number in numbers):
+            return advice
+    return "mend that"
 
 
 def require_own_files(workdir: Path) -> None:

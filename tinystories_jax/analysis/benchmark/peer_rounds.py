@@ -41,6 +41,11 @@ def require_peer(config: Config) -> None:
             f"--peer: model.dropout={config.model.dropout} has no counterpart in LlamaForCausalLM; "
             "give --config.model.dropout=0.0"
         )
+    if config.optim.muon_learning_rate > 0:
+        raise UserError(
+            f"--peer: optim.muon_learning_rate={config.optim.muon_learning_rate} has no counterpart in PyTorch's "
+            "AdamW; give --config.optim.muon_learning_rate=0.0"
+        )
 
 
 def compare_training(

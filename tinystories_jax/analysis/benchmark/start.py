@@ -70,7 +70,9 @@ def _with_prepared_data(config: Config, folder: Path) -> tuple[Config, str]:
     if config.data.source != "files":
         origin = "the bundled sample"
         data = dataclasses.replace(data, source="sample")
-    config = dataclasses.replace(config, data=data)
+    # Of the same stories, since what a config trains its tokenizer on may be a large download.
+    tokenizer = dataclasses.replace(config.tokenizer, source="stories")
+    config = dataclasses.replace(config, data=data, tokenizer=tokenizer)
     prepare_data(config, show_progress=False, log=lambda line: None)
     return config, origin
 

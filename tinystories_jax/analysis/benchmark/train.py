@@ -15,7 +15,7 @@ from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.model.attention import uses_flash_attention
-from tinystories_jax.model.loss import next_token_loss, num_pieces
+from tinystories_jax.model.loss import next_token_loss, num_chunks
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.memory import compile_step, read_memory
 from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization, split_flops_per_token
@@ -144,7 +144,7 @@ def time_training(config: Config, rows: int, seconds: float) -> dict[str, Any]:
 
 
 def count_cost(compiled: Any, config: Config) -> dict[str, float]:
-    """Returns XLA's counts of FLOPs and bytes for a compiled step, all pieces of the loss included.
+    """Returns XLA's counts of FLOPs and bytes for a compiled step, all chunks of the loss included.
 
     XLA counts a loop's body once: so in the step, and so in a program of the loss alone, which says what to add.
     """
@@ -154,9 +154,9 @@ def count_cost(compiled: Any, config: Config) -> dict[str, float]:
     targets_BT = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     weights_BT = jax.ShapeDtypeStruct((rows, length), jnp.float32)
     loss = jax.jit(jax.value_and_grad(next_token_loss, argnums=(0, 1), has_aux=True))
-    one_piece: Any = loss.lower(hidden_BTD, output_DV, targets_BT, weights_BT).compile().cost_analysis()
-    step, others = compiled.cost_analysis(), num_pieces(length) - 1
-    return {name: step[name] + others * one_piece[name] for name in ("flops", "bytes accessed")}
+    one_chunk: Any = loss.lower(hidden_BTD, output_DV, targets_BT, weights_BT).compile().cost_analysis()
+    step, others = compiled.cost_analysis(), num_chunks(length) - 1
+    return {name: step[name] + others * one_chunk[name] for name in ("flops", "bytes accessed")}
 
 
 def find_flash_attention(config: Config, device: Any, compiled_text: str) -> dict[str, Any]:
