@@ -29,7 +29,7 @@ from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training.metrics import PEAK_BF16_FLOPS, flops_per_token
+from tinystories_jax.training.flops import PEAK_BF16_FLOPS, flops_per_token
 
 PEAK = 1e12
 RATES = DeviceRates(spread_of([1e10]), {"float32": spread_of([1e11]), "bfloat16": spread_of([2e11])})

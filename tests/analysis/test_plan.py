@@ -42,8 +42,8 @@ from tinystories_jax.data.tokenizer import save_tokenizer, train_bpe
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.checkpoint import checkpoint_bytes
+from tinystories_jax.training.flops import PEAK_BF16_FLOPS, flops_per_token
 from tinystories_jax.training.memory import compile_step, read_memory
-from tinystories_jax.training.metrics import PEAK_BF16_FLOPS, flops_per_token
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state
 

@@ -1,43 +1,17 @@
-"""The metrics log across restarts, FLOPs by hand, MFU only where the peak is known."""
+"""The metrics log across restarts, and the progress line."""
 
-import dataclasses
 import json
 import math
 import struct
 import subprocess
 import sys
 
-import jax
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 from tests.test_cli import ROOT
-from tests.tiny import make_tiny_config
-from tinystories_jax.config import ModelConfig
 from tinystories_jax.training.jsonl import FileState
 from tinystories_jax.training.meta import History
-from tinystories_jax.training.metrics import (
-    PEAK_BF16_FLOPS,
-    MetricsLog,
-    ProgressLine,
-    flops_per_token,
-    model_flops_utilization,
-    split_flops_per_token,
-)
-
-TOP10K = ModelConfig(
-    d_model=448,
-    num_layers=7,
-    num_heads=7,
-    num_kv_heads=7,
-    d_ff=1344,
-    rope_theta=10_000.0,
-    tie_embeddings=True,
-    dropout=0.0,
-    dtype="bfloat16",
-    remat=False,
-    head_dim=64,
-    vocab_size=10_000,
-)
+from tinystories_jax.training.metrics import MetricsLog, ProgressLine
 
 
 def rows_of(path):
@@ -56,26 +30,6 @@ def events_of(path):
 
 def open_log(workdir, *, state: FileState | None = None, update: int = 0, tensorboard: bool = False) -> MetricsLog:
     return MetricsLog(workdir, history=History(), state=state, update=update, tensorboard=tensorboard)
-
-
-def test_flops_per_token_by_hand():
-    assert flops_per_token(TOP10K, 512) == 6 * 22_750_784 + 6 * 512 * 448 * 7
-    untied = dataclasses.replace(TOP10K, tie_embeddings=False)
-    assert flops_per_token(untied, 512) == flops_per_token(TOP10K, 512)
-
-
-def test_flops_split_by_hand():
-    norms = (2 * 7 + 1) * 448
-    layers = 7 * (4 * 448 * 448 + 3 * 448 * 1344) + norms
-    split = split_flops_per_token(TOP10K, 512)
-    assert split == (6 * layers, 6 * 512 * 448 * 7, 6 * 10_000 * 448)
-    assert sum(split) == flops_per_token(TOP10K, 512)
-    assert split_flops_per_token(dataclasses.replace(TOP10K, tie_embeddings=False), 512) == split
-
-
-def test_mfu_of_an_unknown_device_is_none(monkeypatch):
-    monkeypatch.delitem(PEAK_BF16_FLOPS, jax.devices()[0].device_kind, raising=False)
-    assert model_flops_utilization(1e6, flops_per_token(make_tiny_config().model, 16)) is None
 
 
 def test_each_update_stands_once_after_a_restart(tmp_path):

@@ -17,8 +17,8 @@ from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.validation import validate
 from tinystories_jax.training import memory
 from tinystories_jax.training.checkpoint import bytes_to_come, restore_params
+from tinystories_jax.training.flops import PEAK_BF16_FLOPS
 from tinystories_jax.training.jsonl import read_jsonl
-from tinystories_jax.training.metrics import PEAK_BF16_FLOPS
 from tinystories_jax.training.run_folder import require_own_files
 
 _OLDEST_DRIVER = 525  # the first that runs CUDA 12

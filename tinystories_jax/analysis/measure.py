@@ -12,13 +12,13 @@ from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.evaluation.validation import article_mask
+from tinystories_jax.training.flops import flops_per_token, model_flops_utilization
 from tinystories_jax.training.memory import (
     StepMemory,
     compile_step,
     device_memory_bytes,
     read_memory,
 )
-from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import TrainState, init_state
 

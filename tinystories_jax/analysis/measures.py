@@ -9,7 +9,7 @@ from tinystories_jax.analysis.run_files import Interval, RunFiles, number
 from tinystories_jax.analysis.sides import bytes_per_token
 from tinystories_jax.evaluation.results import Score
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training.metrics import flops_per_token
+from tinystories_jax.training.flops import flops_per_token
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from tinystories_jax.config import Config
+from tinystories_jax.training.flops import flops_per_token, model_flops_utilization
 from tinystories_jax.training.meta import History
-from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization
 from tinystories_jax.training.steps import StepMetrics
 
 _SPIKE_WINDOW = 100  # updates whose median a loss spike stands out from

@@ -11,7 +11,7 @@ from tinystories_jax.analysis.benchmark.inputs import with_made_up_data, with_ro
 from tinystories_jax.analysis.benchmark.train import TrainingRun
 from tinystories_jax.analysis.timing import spread_of
 from tinystories_jax.config import Config
-from tinystories_jax.training.metrics import flops_per_token
+from tinystories_jax.training.flops import flops_per_token
 
 _SAMPLE_SECONDS, _MIN_ROUNDS = 0.5, 5
 

@@ -17,8 +17,8 @@ from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.model.attention import uses_flash_attention
 from tinystories_jax.model.loss import next_token_loss, num_chunks
 from tinystories_jax.model.transformer import num_params
+from tinystories_jax.training.flops import flops_per_token, model_flops_utilization, split_flops_per_token
 from tinystories_jax.training.memory import compile_step, read_memory
-from tinystories_jax.training.metrics import flops_per_token, model_flops_utilization, split_flops_per_token
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state
 
