@@ -17,7 +17,7 @@ import optax
 
 from tinystories_jax.data import cache
 from tinystories_jax.evaluation import validation
-from tinystories_jax.model import generate, loss, products, transformer
+from tinystories_jax.model import generate, loss, matmul, transformer
 from tinystories_jax.training import optim, steps
 
 Patch = Callable[[Any, str, Any], None]  # as setattr and pytest's monkeypatch.setattr
@@ -105,8 +105,8 @@ def cache_forgets_when_it_grows(patch: Patch) -> None:
 
 
 def packed_halves_swapped(patch: Patch) -> None:
-    unpack = products._unpack
-    patch(products, "_unpack", lambda packed: unpack(packed)[::-1])
+    unpack = matmul._unpack
+    patch(matmul, "_unpack", lambda packed: unpack(packed)[::-1])
 
 
 def bfloat16_optimizer_state(patch: Patch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from tinystories_jax.config import Config, ModelConfig, resolve, with_data
-from tinystories_jax.model.products import pack
+from tinystories_jax.model.matmul import pack
 from tinystories_jax.model.transformer import KVCache, LayerCache
 
 CONFIGS = Path(__file__).parents[1] / "configs"

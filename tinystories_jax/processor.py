@@ -18,6 +18,6 @@ def describe_processor() -> dict[str, str]:
 
 
 def multiplies_bfloat16() -> bool:
-    """Returns whether the processor has instructions for products in bf16."""
+    """Returns whether the processor has instructions for matmuls in bf16."""
     fields = describe_processor()
     return not _BFLOAT16.isdisjoint([*fields.get("flags", "").split(), *fields.get("Features", "").split()])

@@ -16,7 +16,7 @@ from tests.tiny import make_empty_cache
 from tinystories_jax.errors import UserError
 from tinystories_jax.model import generate as generate_module
 from tinystories_jax.model.generate import Sampling, generate, generate_chunks
-from tinystories_jax.model.products import PACKED, TRANSPOSED
+from tinystories_jax.model.matmul import PACKED, TRANSPOSED
 from tinystories_jax.model.transformer import (
     decode_step,
     decode_weights,

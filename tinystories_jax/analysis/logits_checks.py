@@ -127,7 +127,7 @@ def check_decode_parity(config: Config) -> Check:
         f"{bound} of the largest logit; 0",
         on_fail="writing computes other logits than training did, so samples are worse than the model: look at what "
         "prefill and decode_step write into the KV cache, into which slot, and at the angles they rotate by; where "
-        "only bfloat16 is far off, at how matrices and cache are kept (model/products.py).",
+        "only bfloat16 is far off, at how matrices and cache are kept (model/matmul.py).",
         remark=f"prompts of {', '.join(map(str, lengths_B))} tokens, in {dtypes}, {describe(small)}",
         figures={
             "largest_difference": largest,

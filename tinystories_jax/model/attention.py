@@ -1,4 +1,4 @@
-"""Causal attention over whole texts: where cuDNN's runs, and our own in plain products for everywhere else."""
+"""Causal attention over whole texts: where cuDNN's runs, and our own in plain matmuls for everywhere else."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tinystories_jax.config import ModelConfig
-from tinystories_jax.model.products import rounded_einsum, sum_outer_products
+from tinystories_jax.model.matmul import rounded_einsum, sum_outer_products
 
 _BLOCK_LENGTH = 256
 _FEWEST_BLOCKS = 4
@@ -70,7 +70,7 @@ def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, 
     """Returns the gradients by queries, keys and values.
 
     JAX's own would add up arrays of the whole length for each block, with keys across: on a CPU that takes longer than
-    the products. The sum of weights x their gradients, which softmax subtracts, is that of attended x its gradients
+    the matmuls. The sum of weights x their gradients, which softmax subtracts, is that of attended x its gradients
     (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
     """
     queries_BHTK, keys_BHSK, values_BHSK, weights, attended_BHTK = saved
@@ -97,7 +97,7 @@ def _attend_gradients(saved: _Saved, grads_BHTK: jax.Array) -> tuple[jax.Array, 
 def _add_product(total_BHKS: jax.Array, of_BHTK: jax.Array, by_BHTS: jax.Array) -> jax.Array:
     """Returns the total with what a block of queries adds to the keys, or values, that it has seen.
 
-    Keys stand last in the result: XLA's CPU backend transposes the first operand of such a product, and `of_BHTK` is
+    Keys stand last in the result: XLA's CPU backend transposes the first operand of such a matmul, and `of_BHTK` is
     the smaller of the two.
     """
     product_BHKS = sum_outer_products(of_BHTK, by_BHTS)
@@ -110,7 +110,7 @@ _attend.defvjp(_attend_and_save, _attend_gradients)
 def _num_groups(queries_BHTK: jax.Array) -> int:
     """Returns into how many equal groups of rows attention is cut.
 
-    XLA's CPU backend gives products in bf16 as small as those of a head to a single thread each, but runs at the same
+    XLA's CPU backend gives matmuls in bf16 as small as those of a head to a single thread each, but runs at the same
     time what does not depend on each other.
     """
     if jax.default_backend() != "cpu" or queries_BHTK.dtype != jnp.bfloat16:

@@ -16,7 +16,7 @@ import numpy as np
 from tinystories_jax.background import in_background
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.errors import UserError
-from tinystories_jax.model.products import PACKED, TRANSPOSED
+from tinystories_jax.model.matmul import PACKED, TRANSPOSED
 from tinystories_jax.model.transformer import (
     DecodeWeights,
     KVCache,
@@ -78,8 +78,8 @@ class DecodeState(NamedTuple):
 
 class DecodeForm(NamedTuple):
     """In which precision texts are written, and how what is read for them is kept: `config`, with the dtype of
-    activations; `rounded_to` and `kept_as`, of matrices (`products.keep_matrix`); whether keys and values are packed
-    (`products.pack`)."""
+    activations; `rounded_to` and `kept_as`, of matrices (`matmul.keep_matrix`); whether keys and values are packed
+    (`matmul.pack`)."""
 
     config: ModelConfig
     rounded_to: str
@@ -198,7 +198,7 @@ def generate_chunks(
 def decode_form(config: ModelConfig, num_rows: int) -> DecodeForm:
     """Returns the form in which `num_rows` texts are written.
 
-    A GPU writes in the config's dtype. XLA's CPU backend has no arithmetic in bf16 but products of many rows, and
+    A GPU writes in the config's dtype. XLA's CPU backend has no arithmetic in bf16 but matmuls of many rows, and
     converts to float32 and back: there activations are float32, and of a config in bf16 matrices, keys and values are
     what is rounded. Matrices in bf16 it reads packed for a single row, and transposed for many where the processor has
     instructions for bf16: half as many bytes (docs/benchmarks.md). For a few rows it has them in float32, so that a

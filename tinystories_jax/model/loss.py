@@ -10,7 +10,7 @@ Shape suffixes beside those of transformer.py: N chunks of a text, C tokens of a
 import jax
 import jax.numpy as jnp
 
-from tinystories_jax.model.products import rounded_einsum
+from tinystories_jax.model.matmul import rounded_einsum
 from tinystories_jax.model.transformer import logits
 
 _NUM_CHUNKS = 8
@@ -70,7 +70,7 @@ def _loss_and_gradients(
     """Returns what `_chunked_loss` does, and its gradients by hidden states and output matrix.
 
     The gradient of cross-entropy by its logits is softmax - one-hot: known with the logits, so that the backward pass
-    needs neither them nor a second product to make them again.
+    needs neither them nor a second matmul to make them again.
     """
 
     def add_chunk(

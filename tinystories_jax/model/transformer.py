@@ -20,13 +20,13 @@ from flax import nnx
 
 from tinystories_jax.config import ModelConfig
 from tinystories_jax.model.attention import causal_attention, uses_flash_attention
-from tinystories_jax.model.products import (
+from tinystories_jax.model.matmul import (
     Matrix,
+    batched_matmul,
     is_packed,
     keep_matrix,
-    multiply,
-    multiply_each,
-    multiply_into_float32,
+    matmul,
+    matmul_into_float32,
     pack,
     split_columns,
     write_packed,
@@ -41,8 +41,8 @@ _NORM_EPSILON = 1e-5
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, packed along axis 1 (model/products.py), which their products sum over, or not.
-    Slots stand last in keys and inner in values: the layouts that the two products of a decode step read in order. Rows
+    """Keys and values of one layer, packed along axis 1 (model/matmul.py), which their matmuls sum over, or not.
+    Slots stand last in keys and inner in values: the layouts that the two matmuls of a decode step read in order. Rows
     and heads are one axis N = B x G, since XLA copies a cache with an axis of length 1 before it writes into it, and
     one row is what is written most."""
 
@@ -61,8 +61,8 @@ class KVCache(NamedTuple):
 
 
 class LayerKernels(NamedTuple):
-    """The matrices of one layer as its products take them. Those that multiply the same vectors (queries, keys and
-    values; gate and up) stand side by side, for one large product in place of several."""
+    """The matrices of one layer as its matmuls take them. Those that multiply the same vectors (queries, keys and
+    values; gate and up) stand side by side, for one large matmul in place of several."""
 
     attention_in_DX: Matrix
     attention_out_DD: Matrix
@@ -71,7 +71,7 @@ class LayerKernels(NamedTuple):
 
 
 class DecodeWeights(NamedTuple):
-    """What writing reads besides the cache: all matrices in the form their products read, made once for all tokens,
+    """What generation reads besides the cache: all matrices in the form their matmuls read, made once for all tokens,
     since making them takes as long as a token or two. Of `params` only vectors are read, and rows of the embedding."""
 
     params: Params
@@ -103,7 +103,7 @@ def forward(
 def hidden_and_output(
     params: Params, tokens_BT: jax.Array, config: ModelConfig, *, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns hidden_BTD and output_DV, in the activations' dtype, whose product are the logits of `forward`."""
+    """Returns hidden_BTD and output_DV, in the activations' dtype, whose matmul gives the logits of `forward`."""
     model = _bind(params, config)
     hidden_BTD, _ = model.hidden(tokens_BT, dropout_key=dropout_key)
     return hidden_BTD, model.output_matrix(config.dtype)
@@ -111,12 +111,12 @@ def hidden_and_output(
 
 def logits(hidden: jax.Array, output_DV: Matrix) -> jax.Array:
     """Returns float32 logits (..., V), whatever the activations are."""
-    return multiply_into_float32(hidden, output_DV)
+    return matmul_into_float32(hidden, output_DV)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rounded_to", "kept_as"))
 def decode_weights(params: Params, config: ModelConfig, *, rounded_to: str, kept_as: str) -> DecodeWeights:
-    """Returns what `prefill` and `decode_step` take, with matrices as `products.keep_matrix` keeps them."""
+    """Returns what `prefill` and `decode_step` take, with matrices as `matmul.keep_matrix` keeps them."""
     model = _bind(params, config)
     keep = functools.partial(keep_matrix, rounded_to=rounded_to, kept_as=kept_as)
     layers = [jax.tree.map(keep, layer.kernels("float32")) for layer in model.layers]
@@ -136,7 +136,7 @@ def prefill(
 
     `tokens_BT` is padded on the right; `lengths_B` counts the real tokens, at least 1. The padding has slots of its
     own, which are never seen; `cache_length` is T and room for what is to be written. The cache is packed
-    (model/products.py) or in the activations' dtype.
+    (model/matmul.py) or in the activations' dtype.
     """
     model = _bind(weights.params, config)
     hidden_BTD, keys_and_values = model.hidden(tokens_BT, weights.layers)
@@ -364,11 +364,11 @@ class Attention(nnx.Module):
         cache = _write(cache, _join_heads(keys_BTGK[:, 0]), _join_heads(values_BTGK[:, 0]), slot)
         # R query heads share a key/value head; they stand next to each other, as in Llama.
         queries_NRK = queries_BTHK.reshape(cache.keys_NKS.shape[0], -1, self.config.head_dim)
-        scores_NRS = multiply_each(queries_NRK, cache.keys_NKS)
+        scores_NRS = batched_matmul(queries_NRK, cache.keys_NKS)
         scores_NRS = jnp.where(seen_NS[:, None], scores_NRS * self.config.head_dim**-0.5, -jnp.inf)
         # Softmax in float32: bf16 has 8 significant bits, and the tail is what sampling draws from.
         weights_NRS = jax.nn.softmax(scores_NRS, axis=-1).astype(hidden_BTD.dtype)
-        attended_NRK = multiply_each(weights_NRS, cache.values_NSK).astype(hidden_BTD.dtype)
+        attended_NRK = batched_matmul(weights_NRS, cache.values_NSK).astype(hidden_BTD.dtype)
         return self._output(attended_NRK.reshape(queries_BTHK.shape), kernels), cache
 
     def _project(
@@ -377,12 +377,12 @@ class Attention(nnx.Module):
         heads = (*hidden_BTD.shape[:2], -1, self.config.head_dim)
         query_width = self.config.num_heads * self.config.head_dim
         kv_width = self.config.num_kv_heads * self.config.head_dim
-        projected_BTX = multiply(hidden_BTD, kernels.attention_in_DX)
+        projected_BTX = matmul(hidden_BTD, kernels.attention_in_DX)
         queries, keys, values = split_columns(projected_BTX, (query_width, kv_width, kv_width))
         return _rotate(queries.reshape(heads), rotation), _rotate(keys.reshape(heads), rotation), values.reshape(heads)
 
     def _output(self, attended_BTHK: jax.Array, kernels: LayerKernels) -> jax.Array:
-        return multiply(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1), kernels.attention_out_DD)
+        return matmul(attended_BTHK.reshape(*attended_BTHK.shape[:2], -1), kernels.attention_out_DD)
 
 
 class FeedForward(nnx.Module):
@@ -394,9 +394,9 @@ class FeedForward(nnx.Module):
         self.down_proj = _linear(config.d_ff, config.d_model, rngs, std=_residual_std(config))
 
     def __call__(self, hidden_BTD: jax.Array, kernels: LayerKernels) -> jax.Array:
-        # The backward pass computes what is between the products again, which takes less time than to read it.
-        gated_BTF = jax.checkpoint(_gate)(multiply(hidden_BTD, kernels.feed_forward_in_DX))
-        return multiply(gated_BTF, kernels.feed_forward_out_FD)
+        # The backward pass computes what is between the matmuls again, which takes less time than to read it.
+        gated_BTF = jax.checkpoint(_gate)(matmul(hidden_BTD, kernels.feed_forward_in_DX))
+        return matmul(gated_BTF, kernels.feed_forward_out_FD)
 
 
 def _gate(gate_and_up_BTX: jax.Array) -> jax.Array:

@@ -102,7 +102,7 @@ class _SingleSteps(optax.MultiSteps):
 def _in_stacks(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns `inner` for trees of matrices, which it gets, and keeps the state of, as one stack per shape.
 
-    Muon multiplies each matrix fifteen times an update: a few large products take less time than many small ones.
+    Muon multiplies each matrix fifteen times an update: a few large matmuls take less time than many small ones.
     """
 
     def name(leaf: jax.Array) -> str:

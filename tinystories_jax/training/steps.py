@@ -18,8 +18,8 @@ from tinystories_jax.model.loss import next_token_loss, split_block
 from tinystories_jax.model.transformer import Params, hidden_and_output, init_params
 from tinystories_jax.training import optim
 
-# One product in each call of oneDNN: what XLA makes of several operations fails when it runs (JAX 0.10.2). YNNPACK,
-# which would take products first, keeps sums and maxima, for which XLA's own loops take several times as long.
+# One matmul in each call of oneDNN: what XLA makes of several operations fails when it runs (JAX 0.10.2). YNNPACK,
+# which would take matmuls first, keeps sums and maxima, for which XLA's own loops take several times as long.
 _X86_OPTIONS = {
     "xla_cpu_use_onednn": True,
     "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
@@ -64,7 +64,7 @@ def make_train_step(config: Config, optimizer: optax.MultiSteps, *, for_many_upd
     """Returns the jitted `train_step(state, block, article_mask_V)`; the given state's buffers are reused (donated).
 
     block: int32 (batch, sequence_length + 1); article_mask_V: True for the IDs of a / an / the. `for_many_updates`: on
-    an x86 processor products in float32 then go to oneDNN. An update takes less time (docs/benchmarks.md), but JAX
+    an x86 processor matmuls in float32 then go to oneDNN. An update takes less time (docs/benchmarks.md), but JAX
     cannot keep such a program for the next start, which spends the time of a few updates on compiling it again. In
     bf16 XLA's own are faster.
     """

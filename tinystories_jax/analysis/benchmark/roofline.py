@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tinystories_jax.analysis.timing import Spread, time_repeated
-from tinystories_jax.model.products import rounded_einsum
+from tinystories_jax.model.matmul import rounded_einsum
 from tinystories_jax.training.steps import step_compiler_options
 
 # Large enough to leave every cache, and to fill the device.
@@ -88,8 +88,8 @@ def _measure_copy(num_bytes: int) -> Spread:
 def _measure_matmul(width: int, dtype: str) -> Spread:
     # Scaled so that a product has entries of the size of its factors', however many follow each other.
     matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype)) * width**-0.5
-    multiply = jax.jit(functools.partial(rounded_einsum, "NK,KM->NM"), compiler_options=step_compiler_options(dtype))
-    return _time_chain(lambda product: multiply(product, matrix), matrix).rate(2 * width**3)
+    matmul = jax.jit(functools.partial(rounded_einsum, "NK,KM->NM"), compiler_options=step_compiler_options(dtype))
+    return _time_chain(lambda product: matmul(product, matrix), matrix).rate(2 * width**3)
 
 
 def _time_chain(call: Callable[[jax.Array], jax.Array], array: jax.Array) -> Spread:

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinystories_jax.model.products import (
+from tinystories_jax.model.matmul import (
     PACKED,
     TRANSPOSED,
     Transposed,
+    batched_matmul,
     is_packed,
     keep_matrix,
-    multiply,
-    multiply_each,
-    multiply_into_float32,
+    matmul,
+    matmul_into_float32,
     pack,
     rounded_einsum,
     split_columns,
@@ -35,7 +35,7 @@ def make_operands(width_in, width_out, num_rows, dtype="float32"):
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_a_product_and_its_gradients_are_the_plain_ones(width_in, width_out, num_rows):
     rows, matrix = make_operands(width_in, width_out, num_rows)
-    product, gradients = jax.vjp(multiply, rows, matrix)
+    product, gradients = jax.vjp(matmul, rows, matrix)
     plain, plain_gradients = jax.vjp(jnp.matmul, rows, matrix)
     grads = jnp.cos(plain)
     pairs = zip((product, *gradients(grads)), (plain, *plain_gradients(grads)), strict=True)
@@ -47,7 +47,7 @@ def test_a_product_and_its_gradients_are_the_plain_ones(width_in, width_out, num
 def test_in_bfloat16_products_and_their_gradients_are_rounded_once(num_rows):
     """Each is the nearest bf16 of the sum in float32, so at most half of a last place away."""
     rows, matrix = make_operands(448, 96, num_rows, "bfloat16")
-    product, gradients = jax.vjp(multiply, rows, matrix)
+    product, gradients = jax.vjp(matmul, rows, matrix)
     exact_rows, exact_matrix = rows.astype(jnp.float32), matrix.astype(jnp.float32)
     exact, exact_gradients = jax.vjp(jnp.matmul, exact_rows, exact_matrix)
     grads = jnp.ones_like(product) * 0.75
@@ -60,7 +60,7 @@ def test_in_bfloat16_products_and_their_gradients_are_rounded_once(num_rows):
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_rows_in_float32_times_a_matrix_in_bfloat16_are_summed_and_given_in_float32(num_rows):
     rows, matrix = make_operands(448, 96, num_rows)
-    product = multiply(rows, matrix.astype(jnp.bfloat16))
+    product = matmul(rows, matrix.astype(jnp.bfloat16))
     rounded_rows, rounded_matrix = (array.astype(jnp.bfloat16).astype(jnp.float32) for array in (rows, matrix))
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, rounded_rows @ rounded_matrix, rtol=1e-5, atol=1e-4)
@@ -70,7 +70,7 @@ def round_to_bfloat16(array):
     return np.asarray(array.astype(jnp.bfloat16).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("apply", [multiply, multiply_into_float32])
+@pytest.mark.parametrize("apply", [matmul, matmul_into_float32])
 @pytest.mark.parametrize(("width_in", "width_out"), [(8, 5), (448, 1344), (6, 4), (2, 3)])
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_a_product_with_a_packed_matrix_is_that_with_its_entries_in_bfloat16(width_in, width_out, num_rows, apply):
@@ -80,7 +80,7 @@ def test_a_product_with_a_packed_matrix_is_that_with_its_entries_in_bfloat16(wid
     np.testing.assert_allclose(product, rows @ round_to_bfloat16(matrix), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("apply", [multiply, multiply_into_float32])
+@pytest.mark.parametrize("apply", [matmul, matmul_into_float32])
 @pytest.mark.parametrize("shape", [(1, 8), (3, 8), (2, 3, 8), (448,)])
 def test_a_product_with_a_transposed_matrix_is_that_of_entries_in_bfloat16(shape, apply):
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_a_matrix_is_rounded_to_the_same_however_it_is_kept(width_in, kept_as):
     assert isinstance(kept, Transposed) == (kept_as == TRANSPOSED)
     packed = not isinstance(kept, Transposed) and is_packed(kept)
     assert packed == (kept_as == PACKED and width_in == 6)  # no halves of an odd number of rows
-    np.testing.assert_array_equal(multiply_into_float32(jnp.eye(width_in), kept), round_to_bfloat16(matrix))
+    np.testing.assert_array_equal(matmul_into_float32(jnp.eye(width_in), kept), round_to_bfloat16(matrix))
 
 
 @pytest.mark.parametrize("rounded_to", ["float32", "bfloat16"])
@@ -113,7 +113,7 @@ def test_rows_are_multiplied_each_with_its_own_matrix(width_in, width_out, packe
     rng = np.random.default_rng(0)
     rows_NRD = jnp.array(rng.standard_normal((5, 2, width_in)), jnp.float32)
     matrices_NDF = jnp.array(rng.standard_normal((5, width_in, width_out)), rounded_to)
-    products = jax.jit(multiply_each)(rows_NRD, pack(matrices_NDF, axis=1) if packed else matrices_NDF)
+    products = jax.jit(batched_matmul)(rows_NRD, pack(matrices_NDF, axis=1) if packed else matrices_NDF)
     matrices = round_to_bfloat16(matrices_NDF) if packed else matrices_NDF.astype(jnp.float32)
     assert products.dtype == jnp.float32
     np.testing.assert_allclose(products, np.asarray(rows_NRD) @ np.asarray(matrices), rtol=1e-5, atol=1e-4)
@@ -132,7 +132,7 @@ def test_an_entry_is_written_where_two_are_packed_and_its_neighbour_stays():
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU gets products as they are")
 def test_a_cpu_multiplies_for_a_matrix_gradient_without_transposing_the_rows():
     rows, matrix = make_operands(8, 5, 3)
-    gradients = jax.jit(lambda rows, matrix: jax.vjp(multiply, rows, matrix)[1](jnp.ones((1, 3, 5))))
+    gradients = jax.jit(lambda rows, matrix: jax.vjp(matmul, rows, matrix)[1](jnp.ones((1, 3, 5))))
     assert "transpose" not in gradients.lower(rows, matrix).as_text()
 
 
@@ -225,7 +225,7 @@ def lower_for_a_gpu(monkeypatch, function, *arrays):
 @pytest.mark.parametrize(("num_rows", "result"), [(1, "1x1x96xf32"), (3, "1x3x96xbf16")])
 def test_a_gpu_multiplies_a_single_row_into_float32(num_rows, result, monkeypatch):
     rows, matrix = make_operands(448, 96, num_rows, "bfloat16")
-    lowered = lower_for_a_gpu(monkeypatch, multiply, rows, matrix)
+    lowered = lower_for_a_gpu(monkeypatch, matmul, rows, matrix)
     assert re.findall(r"dot_general .* -> tensor<(\w+)>", lowered) == [result]
 
 
