@@ -19,7 +19,7 @@ from tinystories_jax.analysis.benchmark import data, growth, roofline, start, tr
 from tinystories_jax.analysis.benchmark import run as benchmark_run
 from tinystories_jax.analysis.benchmark.child import call_as_script, peak_resident_bytes, run_in_child
 from tinystories_jax.analysis.benchmark.decode import measure_decode
-from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, num_new_tokens, with_made_up_data
+from tinystories_jax.analysis.benchmark.inputs import num_new_tokens, synthetic_tokens, with_synthetic_data
 from tinystories_jax.analysis.benchmark.roofline import DeviceRates, count_flash_attention_calls
 from tinystories_jax.analysis.benchmark.run import MODES, run_benchmark
 from tinystories_jax.analysis.benchmark.table import format_section
@@ -39,7 +39,7 @@ def tiny_config(**model: Any) -> Config:
     values = read_tiny_values()
     values.tokenizer.vocab_size = 300
     values.model.update(**model)
-    return with_made_up_data(resolve(values))
+    return with_synthetic_data(resolve(values))
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,9 @@ def test_short_repetitions_are_sampled_in_rows(each, counts):
 # ---- inputs
 
 
-def test_made_up_tokens_are_the_blocks_of_the_schedule():
+def test_synthetic_tokens_are_the_blocks_of_the_schedule():
     config = tiny_config()
-    tokens = made_up_tokens(config)
+    tokens = synthetic_tokens(config)
     assert config.schedule is not None
     assert num_blocks(len(tokens), config.data.sequence_length) == config.schedule.num_blocks
     assert tokens.max() < config.model.vocab_size == 300
@@ -150,7 +150,7 @@ def test_xla_counts_the_flops_of_the_formula():
     values.tokenizer.vocab_size = 512
     values.data.sequence_length = 64
     values.model.update(d_model=128, num_layers=1, num_heads=4, num_kv_heads=4, d_ff=384)
-    config = with_made_up_data(resolve(values))
+    config = with_synthetic_data(resolve(values))
     compiled = TrainingRun(config).compiled
     counted = train.count_cost(compiled, config)["flops"]
     by_formula = flops_per_token(config.model, 64) * 64 * config.train.batch_size

@@ -12,9 +12,9 @@ import pytest
 
 from tests.tiny import read_tiny_values
 from tinystories_jax.analysis.benchmark import peer_rounds
-from tinystories_jax.analysis.benchmark.inputs import with_made_up_data
+from tinystories_jax.analysis.benchmark.inputs import with_synthetic_data
 from tinystories_jax.analysis.benchmark.peer_rounds import (
-    KEEPING_ALLOCATOR,
+    TUNED_MALLOC,
     compare_decoding,
     compare_training,
     require_peer,
@@ -34,7 +34,7 @@ def tiny_config(**model: Any) -> Config:
     values = read_tiny_values()
     values.tokenizer.vocab_size = 300
     values.model.update(num_layers=1, rope_theta=100.0, **model)
-    return with_made_up_data(resolve(values))
+    return with_synthetic_data(resolve(values))
 
 
 # ---- our parameters under the peer's names
@@ -126,9 +126,9 @@ def test_sides_take_turns_and_the_medians_are_compared():
 
 
 def test_on_a_cpu_pytorch_runs_under_both_allocators():
-    default, keeping = peer_rounds._allocators("cpu").values()
-    assert keeping == KEEPING_ALLOCATOR
-    assert default == dict.fromkeys(KEEPING_ALLOCATOR)  # removed, should the user have set them
+    default, tuned = peer_rounds._allocators("cpu").values()
+    assert tuned == TUNED_MALLOC
+    assert default == dict.fromkeys(TUNED_MALLOC)  # removed, should the user have set them
     assert peer_rounds._allocators("gpu") == {"": {}}
 
 

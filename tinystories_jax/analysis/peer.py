@@ -12,7 +12,7 @@ import torch  # type: ignore[import-not-found]
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
-from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, made_up_tokens, num_new_tokens
+from tinystories_jax.analysis.benchmark.inputs import PROMPT_LENGTH, num_new_tokens, synthetic_tokens
 from tinystories_jax.analysis.timing import spread_of, take_samples, time_repeated
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
@@ -92,7 +92,7 @@ class _TrainingRun:
         self._model, block = _load(config, path, platform)
         self._device = block.device
         self._loss = torch.compile(_loss) if compiled else _loss
-        self._tokens, self._micro_step = made_up_tokens(config), 0
+        self._tokens, self._micro_step = synthetic_tokens(config), 0
         optim, weights = config.optim, list(self._model.parameters())
         self._optimizer = torch.optim.AdamW(
             [

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tinystories_jax.analysis.benchmark.inputs import made_up_tokens
+from tinystories_jax.analysis.benchmark.inputs import synthetic_tokens
 from tinystories_jax.analysis.measure import Measurement, measure_training
 from tinystories_jax.config import Config, ModelConfig, with_data, with_unknown_data
 from tinystories_jax.data.cache import cache_bytes, num_blocks
@@ -23,7 +23,7 @@ from tinystories_jax.training.flops import PEAK_BF16_FLOPS, PEAK_SOURCE, split_f
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state
 
-ASSUMED_MFU = 0.31  # of configs/top10k.py on an NVIDIA H200, by its training step (docs/benchmarks.md)
+ASSUMED_MFU = 0.313  # of configs/top10k.py on an NVIDIA H200, by its training step (docs/benchmarks.md)
 GPUS = {
     "RTX 3090": "NVIDIA GeForce RTX 3090",
     "RTX 4090": "NVIDIA GeForce RTX 4090",
@@ -187,7 +187,7 @@ def _try_to_measure(
     config: Config, data: PreparedData | None, log: Callable[[str], None]
 ) -> tuple[Measurement | None, str]:
     """Returns the measurement, or why there is none: what the config alone tells stands all the same."""
-    tokens = made_up_tokens(config) if data is None else data.train.tokens
+    tokens = synthetic_tokens(config) if data is None else data.train.tokens
     try:
         return measure_training(config, tokens, log), ""
     except UserError as error:

@@ -15,7 +15,7 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(
         [
             f"{'device':<24}{plan.device}",
-            f"{'stories':<24}{tokens}{corpus.origin}",
+            f"{'data':<24}{tokens}{corpus.origin}",
             *(f"{title:<24}{figure:>17} {unit:<9} {note}".rstrip() for title, figure, unit, note in rows),
             *_gpu_lines(plan),
         ]
@@ -24,7 +24,7 @@ def format_plan(plan: Plan) -> str:
 
 def _size_rows(plan: Plan) -> list[_Row]:
     parameters, state = plan.parameters, plan.state
-    kept = "the latest, that of a stop, the best, those at ends of epochs"
+    kept = "the latest, that of a stop, the best, ends of epochs"
     if state.max_checkpoints is not None:
         kept = f"at most {state.max_checkpoints:,}: {kept}"
     embedding = f"vocabulary of {plan.corpus.vocab_size:,}"
@@ -95,32 +95,38 @@ def _measured_rows(plan: Plan) -> list[_Row]:
         ("compile time", f"{found.compile_seconds:.1f}", "s", "not part of what follows"),
         (f"micro-step, {found.rows:,} rows", _figure(found.micro_step_seconds), "s", timed),
         ("speed here", f"{found.tokens_per_second:,.0f}", "tokens/s", f"MFU: {_percent(found.mfu)}"),
-        ("time here", _figure(here.training_seconds, 60), "minutes", f"{_figure(here.training_seconds, 3600)} hours"),
+        ("time here", _figure(here.training_seconds, 60), "minutes", _in_seconds_and_hours(here.training_seconds)),
     ]
 
 
 def _gpu_lines(plan: Plan) -> list[str]:
-    lines = [f"{'GPU':<10}{'bf16 TFLOP/s':>14}{'tokens/s':>14}{'ms per update':>15}{'minutes':>12}{'hours':>10}"]
+    times = f"{'seconds':>12}{'minutes':>12}{'hours':>10}"
+    lines = [f"{'GPU':<10}{'bf16 TFLOP/s':>14}{'tokens/s':>14}{'ms per update':>15}{times}"]
     for gpu in plan.gpus:
         peak = (gpu.peak_flops_per_second or 0) / 1e12
-        minutes, hours = _figure(gpu.training_seconds, 60), _figure(gpu.training_seconds, 3600)
+        seconds, minutes, hours = (_figure(gpu.training_seconds, unit) for unit in (1, 60, 3600))
         lines.append(
             f"{gpu.device:<10}{peak:>14,.1f}{gpu.tokens_per_second:>14,.0f}{_figure(gpu.update_seconds, 1e-3):>15}"
-            f"{minutes:>12}{hours:>10}"
+            f"{seconds:>12}{minutes:>12}{hours:>10}"
         )
     epochs = plan.work.epochs
-    instead = "" if epochs is None or round(epochs, 2) == 5 else f" in place of {epochs:,.2f}"
-    costs = [f"{times.device} {_figure(times.five_epochs_seconds, 3600)}" for times in plan.gpus]
-    if plan.here:
-        costs.insert(0, f"here {_figure(plan.here.five_epochs_seconds, 3600)}")
+    instead = "" if epochs is None or round(epochs, 2) == 5 else f" instead of {epochs:,.2f}"
+    costs = {"here": plan.here.five_epochs_seconds} if plan.here else {}
+    costs |= {times.device: times.five_epochs_seconds for times in plan.gpus}
+    unit, size = ("hours", 3600) if max(seconds or math.inf for seconds in costs.values()) >= 60 else ("seconds", 1)
+    listed = ", ".join(f"{device} {_figure(seconds, size)}" for device, seconds in costs.items())
     return [
         *lines,
         f"MFU {plan.mfu:.1%}: {plan.mfu_origin}.",
         f"Peaks: {plan.peak_source} (SXM).",
-        "A config in float32 reaches a small part of them.",
+        "These are peaks in bf16, of which model.dtype=float32 reaches a small part.",
         "Times are those of training steps alone: no evaluation, samples, checkpoints or data preparation.",
-        f"Cost at 5 epochs{instead}, hours: {', '.join(costs)}",
+        f"Cost at 5 epochs{instead}, {unit}: {listed}",
     ]
+
+
+def _in_seconds_and_hours(seconds: float | None) -> str:
+    return f"{_figure(seconds)} seconds, {_figure(seconds, 3600)} hours"
 
 
 def _percent(share: float | None) -> str:

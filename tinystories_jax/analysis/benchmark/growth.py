@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tinystories_jax.analysis.benchmark.decode import time_positions
-from tinystories_jax.analysis.benchmark.inputs import with_made_up_data, with_rows
+from tinystories_jax.analysis.benchmark.inputs import with_rows, with_synthetic_data
 from tinystories_jax.analysis.benchmark.train import TrainingRun
 from tinystories_jax.analysis.timing import spread_of
 from tinystories_jax.config import Config
@@ -26,7 +26,7 @@ def measure_growth(config: Config, rows: int, rounds: int) -> dict[str, Any]:
     return {
         "rows": rows,
         "axes": {axis: _measure_axis(config, grow, factors, rounds) for axis, (grow, factors) in _AXES.items()},
-        "positions": time_positions(with_made_up_data(config)),
+        "positions": time_positions(with_synthetic_data(config)),
     }
 
 
@@ -39,7 +39,7 @@ def _measure_axis(
     size is allowed to be slow.
     """
     # Half of one layer is one layer: each shape once.
-    points = list(dict.fromkeys(with_made_up_data(grow(config, factor)) for factor in factors))
+    points = list(dict.fromkeys(with_synthetic_data(grow(config, factor)) for factor in factors))
     runs = [TrainingRun(point) for point in points]
     per_sample = [math.ceil(_SAMPLE_SECONDS / run.run(1)) for run in runs]
     samples: list[list[float]] = [[] for _ in runs]

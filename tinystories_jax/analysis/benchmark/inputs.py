@@ -1,4 +1,4 @@
-"""What speed is measured on: a config in its full shapes, and tokens made up for it. No data is needed, nor JAX."""
+"""What speed is measured on: a config in its full shapes, and synthetic tokens. No data is needed, nor JAX."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ PROMPT_LENGTH = 8  # tokens, about what a story begins with
 _NUM_BLOCKS = 4096
 
 
-def with_made_up_data(config: Config) -> Config:
+def with_synthetic_data(config: Config) -> Config:
     """Returns `config` as if its stories had filled the vocabulary asked for, and 4,096 blocks."""
     return with_data(config, vocab_size=config.tokenizer.vocab_size, num_blocks=_NUM_BLOCKS)
 
@@ -22,8 +22,8 @@ def with_rows(config: Config, rows: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
 
 
-def made_up_tokens(config: Config) -> np.ndarray:
-    """Returns the IDs of the blocks of `with_made_up_data`, uint16 or uint32 as a token cache has them.
+def synthetic_tokens(config: Config) -> np.ndarray:
+    """Returns the IDs of the blocks of `with_synthetic_data`, uint16 or uint32 as a token cache has them.
 
     Their frequencies fall off as those of words do, so that rows of the embedding are hit as by text.
     """

@@ -15,13 +15,13 @@ from tinystories_jax.config import Config
 from tinystories_jax.errors import UserError
 
 # glibc's allocator gives memory back after every step and takes it anew, page by page, unless told otherwise.
-KEEPING_ALLOCATOR: Environment = {
+TUNED_MALLOC: Environment = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "68719476736",
     "MALLOC_TOP_PAD_": "268435456",
 }
-_DEFAULT_ALLOCATOR: Environment = dict.fromkeys(KEEPING_ALLOCATOR)
+_DEFAULT_MALLOC: Environment = dict.fromkeys(TUNED_MALLOC)
 _LOSS_BOUND = 1e-4  # relative; float32 sums in another order
 _DECODE_ROWS = (1, 32)
 
@@ -58,7 +58,7 @@ def compare_training(
         weights = Path(folder) / "weights.npz"
         same = check_same_function(config, weights, platform)
         caches = _compile_caches(folder, platform)
-        sides = {"ours": _later({**_DEFAULT_ALLOCATOR, **caches}, call_as_script, time_training, config, rows, seconds)}
+        sides = {"ours": _later({**_DEFAULT_MALLOC, **caches}, call_as_script, time_training, config, rows, seconds)}
         for allocator, environment in _allocators(platform).items():
             for name, compiled in (("eager", False), ("compiled", True)):
                 sides[f"PyTorch {name}{allocator}"] = _later(
@@ -82,9 +82,7 @@ def compare_decoding(
         caches = _compile_caches(folder, platform)
         for rows in _DECODE_ROWS:
             sides = {
-                "ours": _later(
-                    {**_DEFAULT_ALLOCATOR, **caches}, call_as_script, _time_our_decoding, config, rows, seconds
-                )
+                "ours": _later({**_DEFAULT_MALLOC, **caches}, call_as_script, _time_our_decoding, config, rows, seconds)
             }
             for allocator, environment in _allocators(platform).items():
                 sides[f"PyTorch eager{allocator}"] = _later(
@@ -121,7 +119,7 @@ def _allocators(platform: str) -> dict[str, Environment]:
     """
     if platform != "cpu":
         return {"": {}}
-    return {", default allocator": _DEFAULT_ALLOCATOR, ", keeping allocator": KEEPING_ALLOCATOR}
+    return {", default malloc": _DEFAULT_MALLOC, ", tuned malloc": TUNED_MALLOC}
 
 
 def _compile_caches(folder: str, platform: str) -> Environment:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinystories_jax.analysis.benchmark.inputs import made_up_tokens
+from tinystories_jax.analysis.benchmark.inputs import synthetic_tokens
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.model.loss import next_token_loss, split_block
@@ -22,7 +22,7 @@ def write_reference(config: Config, path: Path) -> dict[str, Any]:
     the count of parameters and the float32 loss, in nats per token, of those parameters on that block."""
     model = dataclasses.replace(config.model, dtype="float32")
     params = init_params(model, jax.random.key(0))
-    block = micro_batch_at(made_up_tokens(config), config, 0, num_rows=_NUM_ROWS)
+    block = micro_batch_at(synthetic_tokens(config), config, 0, num_rows=_NUM_ROWS)
 
     @jax.jit
     def measure_loss(params: Params, block: jax.Array) -> jax.Array:

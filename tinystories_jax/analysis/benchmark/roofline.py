@@ -1,4 +1,4 @@
-"""The two ceilings of a compiled program on this device: how fast it multiplies, and how fast it moves memory.
+"""The two ceilings of a compiled program on this device: its matmul rate and its memory bandwidth.
 
 Williams et al. 2009, doi:10.1145/1498765.1498785: a program takes at least FLOPs / rate and at least bytes / bandwidth.
 """
@@ -24,7 +24,7 @@ _SECONDS = 1.0
 
 class DeviceRates(NamedTuple):
     """What this device was measured to do. Bytes are those read plus those written, of `x + 1` in place; FLOP/s are
-    those of a square product, in float32 at JAX's default precision (TF32 on NVIDIA GPUs from Ampere on)."""
+    those of a square matmul, in float32 at JAX's default precision (TF32 on NVIDIA GPUs from Ampere on)."""
 
     copy_bytes_per_second: Spread
     matmul_flops_per_second: dict[str, Spread]  # by dtype
@@ -44,7 +44,7 @@ class Roofline(NamedTuple):
 
 
 def measure_rates() -> DeviceRates:
-    """Times a copy and square products on the first device."""
+    """Times a copy and square matmuls on the first device."""
     on_cpu = jax.default_backend() == "cpu"
     width = _MATMUL_WIDTH_ON_CPU if on_cpu else _MATMUL_WIDTH
     return DeviceRates(

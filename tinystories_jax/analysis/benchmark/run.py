@@ -17,7 +17,7 @@ from tinystories_jax.analysis.benchmark.child import Environment, call_as_script
 from tinystories_jax.analysis.benchmark.data import measure_data
 from tinystories_jax.analysis.benchmark.decode import measure_decode
 from tinystories_jax.analysis.benchmark.growth import measure_growth
-from tinystories_jax.analysis.benchmark.inputs import require_room_to_write, with_made_up_data
+from tinystories_jax.analysis.benchmark.inputs import require_room_to_write, with_synthetic_data
 from tinystories_jax.analysis.benchmark.peer_rounds import compare_decoding, compare_training, require_peer
 from tinystories_jax.analysis.benchmark.start import measure_start
 from tinystories_jax.analysis.benchmark.train import cheap_rows, measure_train
@@ -54,7 +54,7 @@ def run_benchmark(
         require_peer(config)
     if not {"decode", "growth"}.isdisjoint(modes):
         require_room_to_write(config)
-    shapes = with_made_up_data(config)
+    shapes = with_synthetic_data(config)
     log("looking at the device")
     device = run_in_child(describe_device, shapes)
     figures: dict[str, Any] = {"machine": {**_describe_machine(), **device}, "config": to_dict(shapes)}
@@ -79,7 +79,7 @@ def _choose_modes(mode: str, peer: bool) -> tuple[str, ...]:
 def _measure(
     name: str, config: Config, device: dict[str, Any], rounds: int, trace: str, log: Callable[[str], None]
 ) -> Any:
-    shapes, rows, quick_rows = with_made_up_data(config), device["rows"], device["quick_rows"]
+    shapes, rows, quick_rows = with_synthetic_data(config), device["rows"], device["quick_rows"]
 
     def measure(*call: Any) -> Any:
         return run_in_child(call_as_script, *call, environment=_COMPILING)

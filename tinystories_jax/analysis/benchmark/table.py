@@ -57,17 +57,17 @@ def _format_train(train: dict[str, Any]) -> list[str]:
             f"device's allocator, {_gigabytes(memory['process_bytes'])} resident in the process",
         ),
         _row("cuDNN flash attention", f"expected: {'yes' if flash['expected'] else 'no'}; {calls}"),
-        _row("this device copies", f"{_spread(train['copy_bytes_per_second'], 'GB/s', 1e9)}, read and written"),
-        _row("this device multiplies", rates),
+        _row("memory bandwidth", f"{_spread(train['copy_bytes_per_second'], 'GB/s', 1e9)}, a copy, read and written"),
+        _row("matmul rate", rates),
         _row(
-            "a micro-step, counted by XLA",
+            "micro-step, counted by XLA",
             f"{roof['counted_flops'] / 1e9:,.1f} GFLOP ({roof['counted_flops'] / roof['formula_flops']:.3f} x the "
             f"formula), {at_least}{roof['counted_bytes'] / 1e9:,.2f} GB",
         ),
         _row(
             "  at these rates",
-            f"{roof['compute_seconds'] * 1e3:,.1f} ms to multiply, "
-            f"{at_least}{roof['memory_seconds'] * 1e3:,.1f} ms to move bytes",
+            f"{roof['compute_seconds'] * 1e3:,.1f} ms for its FLOPs, "
+            f"{at_least}{roof['memory_seconds'] * 1e3:,.1f} ms for its bytes",
         ),
         _row("  bound", f"{roof['bound']}; {roof['reached']:.1%} of it reached"),
     ]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
-from tinystories_jax.analysis.benchmark.inputs import made_up_tokens, with_rows
+from tinystories_jax.analysis.benchmark.inputs import synthetic_tokens, with_rows
 from tinystories_jax.analysis.benchmark.roofline import count_flash_attention_calls, measure_rates, roofline
 from tinystories_jax.analysis.timing import time_repeated
 from tinystories_jax.config import Config
@@ -40,7 +40,7 @@ class TrainingRun:
 
     def __init__(self, config: Config):
         self.config = config
-        self._tokens = made_up_tokens(config)
+        self._tokens = synthetic_tokens(config)
         self._article_mask_V = article_mask((), config.model.vocab_size)
         self._micro_step = 0
         began = time.perf_counter()
