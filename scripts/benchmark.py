@@ -1,9 +1,9 @@
-"""Measures this machine with the real code: training, writing, the way of the data, the start of a run, and growth.
+"""Measures this machine with the real code: training, generation, data, the start of a run, and growth.
 
     python scripts/benchmark.py [train|decode|data|start|growth|all] [--config=configs/top10k.py]
         [--config.SECTION.FIELD=VALUE ...] [--peer] [--rounds=3] [--trace=FOLDER] [--json=FILE]
 
-MODE is all when left out. It needs no prepared data and changes no run; --peer sets PyTorch beside ours. On a CPU a
+MODE is all when left out. It needs no prepared data and changes no run; --peer times PyTorch as well. On a CPU a
 micro-batch that would take too long is made smaller; the table gives its rows. docs/benchmarks.md explains each figure.
 """
 
@@ -23,8 +23,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "Config file; its shapes are what is measured.",
     lock_config=True,
 )
-_PEER = flags.DEFINE_bool("peer", False, "With train and decode: PyTorch and Hugging Face's Llama in turns with ours.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often sides take turns, and starts are repeated.", lower_bound=1)
+_PEER = flags.DEFINE_bool("peer", False, "With train and decode: interleave Hugging Face's Llama in PyTorch.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often sides are interleaved, and starts repeated.", lower_bound=1)
 _TRACE = flags.DEFINE_string("trace", "", "With train: folder for a profile of one update, for XProf or Perfetto.")
 _JSON = flags.DEFINE_string("json", "", "File for all figures, written anew after each section.")
 

@@ -1,6 +1,6 @@
 """Measures how far the scores of written text can be trusted: on real stories, and on the same stories spoiled.
 
-python scripts/calibrate.py --train_files=train.txt --valid_files=valid.txt [--output=FILE.json.gz]
+    python scripts/calibrate.py --train_files=train.txt --valid_files=valid.txt [--output=FILE.json.gz]
 
 Articles are counted on the training files. Every other story of the validation files says how many faults real stories
 have; the others are scored and spoiled. --output writes the counts as the reference of all scores.

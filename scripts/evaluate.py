@@ -3,9 +3,9 @@
     python scripts/evaluate.py --checkpoint runs/top10k [--num_stories 200] [--data FILE] [--json OUT]
     python scripts/evaluate.py --stories FILE [--json OUT]
 
-The first writes evaluation.json, evaluation.md and evaluation_stories.jsonl into the run, in place of those of a score
-before; the second scores text as if a model had written it.
-FILE is .txt (stories separated by <|endoftext|>), .jsonl or .parquet. Everything is offline, unless --judge is given.
+The first writes evaluation.json, evaluation.md and evaluation_stories.jsonl into the run, replacing those of an earlier
+score; the second scores text as if a model had written it. FILE is .txt (stories separated by <|endoftext|>), .jsonl or
+.parquet. Everything is offline, unless --judge is given.
 """
 
 import os
@@ -18,19 +18,21 @@ from tinystories_jax import cli
 from tinystories_jax.data.files import find_files
 from tinystories_jax.errors import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train.py's --workdir.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run (train.py's --workdir).")
 _STORIES = flags.DEFINE_string("stories", None, "Instead of --checkpoint: a file of stories to score.")
 _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
-_NUM_STORIES = flags.DEFINE_integer("num_stories", 200, "To write, or to read of --stories.", 1, 100_000)
+_NUM_STORIES = flags.DEFINE_integer("num_stories", 200, "Stories to generate, or to read from --stories.", 1, 100_000)
 _DATA = flags.DEFINE_string("data", "", "File to measure the loss on, instead of the run's validation split.")
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "Of writing; 1 is the model's own distribution, 0 is greedy: 44 stories, too few for a verdict."
+    "temperature",
+    1.0,
+    "Of sampling; 1 is the model's own distribution, 0 is greedy: 44 stories, too few for a verdict.",
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "The same seed writes the same stories on machines of one kind.", lower_bound=0, upper_bound=2**31 - 1
+    "seed", 0, "The same seed gives the same stories on machines of one kind.", lower_bound=0, upper_bound=2**31 - 1
 )
 _JSON = flags.DEFINE_string("json", "", "File for the figures, beside the run's evaluation.json.")
-_JUDGE = flags.DEFINE_string("judge", "", "openai:MODEL sends the stories to OPENAI_BASE_URL, to be marked there.")
+_JUDGE = flags.DEFINE_string("judge", "", "openai:MODEL sends the stories to OPENAI_BASE_URL, for a model to grade.")
 
 
 def main() -> None:

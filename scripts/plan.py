@@ -1,7 +1,8 @@
 """Prints what a config is going to cost: parameters, memory, disk, updates, FLOPs, minutes here (measured) and on GPUs.
 It prepares no data and changes no run.
 
-python scripts/plan.py --config configs/top10k.py [--config.SECTION.FIELD=VALUE ...] [--json] [--mfu=0.3] [--nomeasure]
+    python scripts/plan.py --config configs/top10k.py [--config.SECTION.FIELD=VALUE ...]
+        [--json] [--mfu=0.3] [--nomeasure]
 """
 
 import dataclasses

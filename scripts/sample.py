@@ -11,7 +11,7 @@ from absl import flags
 
 from tinystories_jax import cli
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, as train.py's --workdir.", required=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run (train.py's --workdir).", required=True)
 _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", ["Once upon a time there was"], "Beginning of a story, which may be empty; may be repeated."
@@ -31,7 +31,7 @@ _REPETITION_PENALTY = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer(
     "seed", 0, "The same seed writes the same stories, by the same command.", lower_bound=0, upper_bound=2**31 - 1
 )
-_STREAM = flags.DEFINE_bool("stream", False, "Show each story while it is written.")
+_STREAM = flags.DEFINE_bool("stream", False, "Show each story while it is generated.")
 
 
 def main() -> None:

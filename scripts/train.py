@@ -1,8 +1,9 @@
 """Trains a model, or goes on with a run: tokenizer, token cache and training, whatever is missing.
 
-python scripts/train.py --config configs/top10k.py [--workdir runs/top10k] [--config.SECTION.FIELD=VALUE ...]
+    python scripts/train.py --config configs/top10k.py [--workdir runs/top10k] [--config.SECTION.FIELD=VALUE ...]
 
-Before the first update of a run the doctor's fast checks look for faults that would train without an error.
+The config file says what each field means. Before the first update of a run the doctor's fast checks look for faults
+that would train without an error.
 """
 
 import sys
@@ -18,7 +19,7 @@ from tinystories_jax.lock import sole_trainer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; runs/NAME_OF_THE_CONFIG when empty.")
-_DOCTOR = flags.DEFINE_bool("doctor", True, "Refuse to start a run that the doctor's fast checks find ill.")
+_DOCTOR = flags.DEFINE_bool("doctor", True, "Make the doctor's fast checks first; refuse to start if one fails.")
 flags.mark_flag_as_required("config")
 
 

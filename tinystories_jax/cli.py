@@ -26,7 +26,9 @@ _USER_EXIT = 2
 _GRACE_SECONDS = 3  # to end in good order
 # In the path of a file that is neither ours nor of the standard library.
 _FOREIGN = ("site-packages", "dist-packages", "<frozen importlib")
-_COMPILE_CACHE_HELP = "Keep compiled programs for the next start, in ~/.cache/tinystories_jax."
+_COMPILE_CACHE_HELP = (
+    "Keep compiled programs for the next start: in JAX_COMPILATION_CACHE_DIR, or below XDG_CACHE_HOME or ~/.cache."
+)
 # What a full, read-only, missing, occupied or broken place on a disk says; anything else is a bug of ours.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
