@@ -101,9 +101,6 @@ def file_flags(tmp_path: Path, train: Path, valid: Path | None = None) -> list[s
     ]
 
 
-# ---- memory
-
-
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -119,9 +116,6 @@ def test_what_the_machine_cannot_do_is_one_line(error, said):
         [sys.executable, "-c", program], cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=60
     )
     assert said in error_line(result)
-
-
-# ---- flags
 
 
 @pytest.mark.parametrize(
@@ -285,9 +279,6 @@ def test_help_shows_the_arguments_that_are_no_flags(script):
     assert "RUN is a folder" in run_script(script, "--help").stdout
 
 
-# ---- stories and tokenizers
-
-
 def test_files_that_do_not_exist_are_refused_by_name(tmp_path, story_file):
     for train, valid in ((tmp_path / "none.txt", story_file), (story_file, tmp_path / "none.txt")):
         result = run_script("prepare", *file_flags(tmp_path, train, valid))
@@ -442,9 +433,6 @@ def test_under_nohup_a_hangup_ends_nothing(tmp_path):
     command = ["nohup", sys.executable, "-c", "\n".join(lines)]
     result = subprocess.run(command, cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, "went on, None\n"), result.stderr
-
-
-# ---- runs
 
 
 @pytest.mark.parametrize("where", ["a file", "below a file"])

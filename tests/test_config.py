@@ -76,9 +76,6 @@ def with_top10k_data(config: Config, *, vocab_size: int = 300, num_blocks: int =
     return with_data(config, vocab_size=vocab_size, num_blocks=num_blocks)
 
 
-# ---- every key counts
-
-
 @EVERY_LEAF
 def test_each_leaf_of_each_config_reaches_the_resolved_config(name, leaf):
     values = read_config(name)
@@ -171,9 +168,6 @@ def test_configs_import_nothing_of_the_package():
         assert {module.split(".")[0] for module in imported} <= {"ml_collections", "pathlib", "runpy", "typing"}, path
 
 
-# ---- every field is read
-
-
 def unread_fields(sources: Iterable[str]) -> set[str]:
     """Returns the fields `section.name` of all config dataclasses that no source reads.
 
@@ -232,8 +226,6 @@ def test_a_field_that_nothing_reads_is_found(field):
         sources = [source.replace(f"config.{name}", "x") for source in sources]
     assert unread_fields(sources) == {field}
 
-
-# ---- wrong values
 
 WRONG_TYPES = [
     ("seed", True),
@@ -395,9 +387,6 @@ def test_one_problem_is_one_line():
     assert all("\n" not in problem for problem in problems_of(values))
 
 
-# ---- derived values
-
-
 def schedule_of(num_blocks: int, **new_values: Any) -> Schedule:
     defaults = {"train__batch_size": 4, "train__grad_accum_steps": 2, "train__num_epochs": 3}
     schedule = with_top10k_data(resolve(changed(**{**defaults, **new_values})), num_blocks=num_blocks).schedule
@@ -493,9 +482,6 @@ def test_the_configs_have_the_parameter_counts_they_promise(name, vocab_size, ex
     assert num_params(config.model) == expected
     if name != "top10k":
         assert f"{expected:,}" in CONFIGS[name].read_text()
-
-
-# ---- the config of a run
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -174,9 +174,6 @@ def contents_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-# ---- a run from nothing
-
-
 def test_a_run_leaves_behind_all_that_belongs_to_it(finished):
     assert {path.name for path in finished.iterdir()} == {
         *("config.json", "environment.json", "tokenizer", "checkpoints", "metrics.jsonl", "samples.jsonl"),
@@ -284,9 +281,6 @@ def test_a_report_older_than_the_last_checkpoint_is_written_again(finished, plac
     assert f"Finished: {total_updates(workdir)} updates" in (workdir / "report.html").read_text()
 
 
-# ---- sampling
-
-
 def test_the_same_flags_write_the_stories_of_the_run_streamed_or_not(finished, place):
     last = total_updates(finished)
     written = [row["text"] for row in read_jsonl(finished / "samples.jsonl") if row["update"] == last]
@@ -360,9 +354,6 @@ def test_a_reader_that_goes_away_leaves_no_traceback(finished, place, more):
         assert process.wait(timeout=120) == 0
     assert "Traceback" not in stderr
     assert "BrokenPipe" not in stderr
-
-
-# ---- going on
 
 
 def start_training(
@@ -525,9 +516,6 @@ def test_a_second_trainer_is_refused_at_once_and_readers_are_not(finished, place
         assert run_script("report", str(finished), environment=place.environment).returncode == 0
     assert set(contents_of(finished)) == set(before)
     assert {**contents_of(finished), "report.html": ""} == {**before, "report.html": ""}
-
-
-# ---- other ways to the same
 
 
 def cached_stories(place: Place, split: str) -> set[int]:

@@ -56,9 +56,6 @@ def trained(trace) -> dict[str, Any]:
         return measure_train(tiny_config(), 3, 0.01, str(trace))
 
 
-# ---- samples
-
-
 def test_a_spread_is_that_of_its_values():
     spread = spread_of([4.0, 1.0, 2.0])
     assert spread == Spread(2.0, 1.0, 4.0, 3)
@@ -84,9 +81,6 @@ def test_short_repetitions_are_sampled_in_rows(each, counts):
     assert asked == counts
 
 
-# ---- inputs
-
-
 def test_synthetic_tokens_are_the_blocks_of_the_schedule():
     config = tiny_config()
     tokens = synthetic_tokens(config)
@@ -100,9 +94,6 @@ def test_a_text_gets_what_the_context_has_room_for():
     assert num_new_tokens(config) == 16 - 8
     few = dataclasses.replace(config, sample=dataclasses.replace(config.sample, max_new_tokens=3))
     assert num_new_tokens(few) == 3
-
-
-# ---- training
 
 
 def test_training_figures_follow_from_each_other(trained):
@@ -165,9 +156,6 @@ def test_rows_are_halved_until_a_step_is_cheap():
     assert cheap_rows(config, 4 * per_row) == 4
     assert cheap_rows(config, 3 * per_row) == 2
     assert cheap_rows(config, 0) == 1
-
-
-# ---- the roofline
 
 
 @pytest.mark.parametrize(
@@ -233,9 +221,6 @@ def test_a_step_without_flash_attention_in_some_layer_is_no_result():
     assert find_flash_attention(config, cpu, text) == {"expected": False, "calls_in_hlo": None}
 
 
-# ---- writing
-
-
 def test_writing_is_timed_by_batch_prompt_and_position():
     values = read_tiny_values()
     values.data.sequence_length = 64
@@ -253,9 +238,6 @@ def test_writing_is_timed_by_batch_prompt_and_position():
     assert [first["prompt_length"] for first in decoded["first_token"]] == [31, 63]
     places = [(part["first"], part["last"]) for part in decoded["positions"]]
     assert places == [(first, first + 3) for first in range(12, 64, 4)]
-
-
-# ---- data
 
 
 def test_the_data_are_measured_on_the_configs_files(tmp_path, monkeypatch):
@@ -289,9 +271,6 @@ def test_without_files_the_data_are_the_bundled_sample(tmp_path):
     assert "sample" in origin
 
 
-# ---- starts
-
-
 @pytest.mark.slow
 def test_a_start_is_timed_by_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "_DOCTOR", ("nodoctor",))
@@ -316,9 +295,6 @@ def test_a_start_is_timed_by_phase(tmp_path, monkeypatch):
 def test_a_start_that_fails_is_told_with_its_last_words(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         start._time_phases([f"--config={tmp_path / 'none.py'}"], {})
-
-
-# ---- growth
 
 
 def test_growth_is_measured_against_flops(monkeypatch):
@@ -346,9 +322,6 @@ def test_every_axis_grows_what_it_names():
         "depth": [f"4 x 16, {layers} layers, width 32, 48" for layers in (1, 2, 4, 8)],
         "width": [f"4 x 16, 2 layers, width {width}, {width * 3 // 2}" for width in (16, 32, 48, 64)],
     }
-
-
-# ---- processes
 
 
 def raise_user_error() -> None:
@@ -384,9 +357,6 @@ def test_resident_memory_is_known_here():
     peak = peak_resident_bytes()
     assert peak is not None
     assert 10**7 < peak < 10**11
-
-
-# ---- the whole
 
 
 def test_figures_are_json_with_a_section_for_each_mode(trained, monkeypatch):

@@ -37,9 +37,6 @@ def tiny_config(**model: Any) -> Config:
     return with_synthetic_data(resolve(values))
 
 
-# ---- our parameters under the peer's names
-
-
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_weights_have_the_names_and_shapes_of_llama(tie_embeddings):
     config = tiny_config(tie_embeddings=tie_embeddings)
@@ -103,9 +100,6 @@ def test_the_reference_loss_is_that_of_llamas_definition(tmp_path):
         assert reference["loss"] == pytest.approx(llama_loss(weights, weights["block"], config), rel=1e-5)
 
 
-# ---- rounds
-
-
 def test_sides_take_turns_and_the_medians_are_compared():
     speeds = {"ours": iter([1.0, 9.0, 4.0]), "PyTorch eager": iter([3.0, 1.0, 2.0])}
     order: list[str] = []
@@ -145,9 +139,6 @@ def test_what_the_peer_cannot_express_is_refused(monkeypatch):
     with_muon = dataclasses.replace(tiny_config().optim, muon_learning_rate=0.01)
     with pytest.raises(UserError, match=r"optim.muon_learning_rate=0.01"):
         require_peer(dataclasses.replace(tiny_config(), optim=with_muon))
-
-
-# ---- with PyTorch
 
 
 @needs_torch

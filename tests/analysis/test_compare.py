@@ -41,9 +41,6 @@ def make_pairs(folder, first, second, **fields_of_second):
     return runs
 
 
-# ---- noise
-
-
 @pytest.mark.parametrize(
     ("degrees", "quantile"),
     [(1, 12.7062047), (1.5, 6.0166631), (2, 4.3026527), (3, 3.1824463), (10, 2.2281389), (30, 2.0422725)],
@@ -78,9 +75,6 @@ def test_seeds_beat_intervals_and_intervals_beat_nothing():
     assert judge([1.0], [1.3]).why == "one seed per side: no noise estimate"
     assert judge([1.0, 1.1], [1.3]).why == "one seed on one side: no noise estimate"
     assert judge([1.0, 1.0], [1.3, 1.3]).found is None
-
-
-# ---- sides
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_side(tmp_path):
@@ -261,9 +255,6 @@ def test_runs_without_an_evaluation_are_compared_in_what_they_have(tmp_path):
     assert "bits per byte, final" not in [row.name for row in comparison.rows]
     write_comparison_page(comparison, tmp_path / "compare.html")
     assert to_markdown(comparison).startswith("# Comparison")
-
-
-# ---- how it is shown
 
 
 def test_markdown_shows_stories_as_they_are(tmp_path):

@@ -93,9 +93,6 @@ def the_failed(checks: list[Check]) -> Check:
     return failed
 
 
-# ---- nothing planted
-
-
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory) -> Path:
     """Returns a folder for tokenizers and token caches that several configs have in common."""
@@ -136,9 +133,6 @@ def test_without_data_what_needs_it_is_skipped_with_the_reason(config, tmp_path)
     planned = [*doctor._plan_data_checks(by_data, None), *doctor._plan_model_checks(by_data, None, "no data")]
     assert [check.name for check in planned if check.missing] == ["tokenizer and cache", "data", "schedule"]
     assert sorted(path for path in tmp_path.rglob("*")) == before
-
-
-# ---- planted faults: exactly the right check fails
 
 
 @pytest.mark.parametrize(
@@ -355,6 +349,14 @@ def test_a_file_in_the_place_of_the_checkpoints_is_found(config, tmp_path):
     assert "is a link" in check.note
 
 
+@pytest.mark.parametrize("target", ["nowhere", "run"])
+def test_a_link_that_leads_nowhere_in_the_place_of_the_run_is_found(config, tmp_path, target):
+    (tmp_path / "run").symlink_to(tmp_path / target)
+    check = machine_checks.check_machine(doctor._complete(config, None), tmp_path / "run", measure_memory=False)
+    assert check.outcome == Outcome.FAIL
+    assert f"{tmp_path / 'run'} is no folder that can be written" in check.note
+
+
 def test_too_little_room_for_the_checkpoints_is_found(config, tmp_path, monkeypatch):
     monkeypatch.setattr(machine_checks, "_free_disk", lambda workdir: 10**6)
     checks = check_all(config, tmp_path)
@@ -432,9 +434,6 @@ def compile_below(first_too_large: int) -> Callable[[Config, int], Any]:
     return compile_or_fail
 
 
-# ---- the scripts
-
-
 def flags_of(config: Config, *more: str) -> list[str]:
     data = config.data
     return [
@@ -504,9 +503,6 @@ def test_train_refuses_what_the_doctor_finds_ill_unless_told_otherwise(config, t
     assert run_script("doctor", *same).returncode == 2
     result = run_script("train", *same, "--nodoctor")
     assert result.returncode == 0, result.stderr
-
-
-# ---- Muon
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ from tinystories_jax.analysis.machine_checks import _OLDEST_DRIVER, _device_prob
 from tinystories_jax.data.prepare import PreparedData, prepare_data
 from tinystories_jax.data.tokenizer import save_tokenizer
 
-# ---- the device
-
 GPU, CPU = SimpleNamespace(platform="gpu"), SimpleNamespace(platform="cpu")
 
 
@@ -56,9 +54,6 @@ def test_a_driver_that_is_too_old_is_found(plant_driver):
     assert f"driver is {_OLDEST_DRIVER - 1}" in problem
     plant_driver("no devices were found")
     assert _device_problems(GPU) == []
-
-
-# ---- a checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -82,9 +82,6 @@ def tiny_config_on(folder: Path, **overrides: Any) -> Config:
     return resolve(values)
 
 
-# ---- figures from the config alone
-
-
 def test_figures_of_the_recipe(top10k):
     assert top10k.parameters.total == 22_750_784
     assert top10k.parameters.embedding == 10_000 * 448
@@ -139,9 +136,6 @@ def test_times_on_gpus_are_flops_by_peak_and_mfu(top10k):
 def test_an_mfu_that_is_no_share_is_refused(mfu):
     with pytest.raises(UserError, match="--mfu"):
         make_plan(make_tiny_config(), mfu=mfu, measure=False)
-
-
-# ---- data that is there, guessed, or unknown
 
 
 def test_prepared_data_is_counted(tmp_path):
@@ -267,9 +261,6 @@ def test_a_source_that_cannot_be_read_is_refused(tmp_path):
         make_plan(config, measure=False)
 
 
-# ---- the device
-
-
 def list_files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -387,9 +378,6 @@ def test_a_row_that_does_not_fit_is_told_and_the_rest_is_planned(hurried, tmp_pa
     assert plan.measurement is plan.here is None
     assert "one row takes" in plan.not_measured
     assert plan.not_measured in format_plan(plan)
-
-
-# ---- what is printed
 
 
 def test_json_and_text_have_the_same_figures(measured):

@@ -272,9 +272,6 @@ def test_missing_files_of_both_splits_are_reported_together_before_anything_is_b
     assert not (place.folder / "cache" / "tokenizers").exists()
 
 
-# ---- several at once
-
-
 @pytest.mark.parametrize("first_builder", ["finishes", "dies"])
 @pytest.mark.parametrize("kind", ["tokenizers", "tokens"])
 def test_of_two_builders_one_builds_and_the_other_waits(place, kind, first_builder):
@@ -314,9 +311,6 @@ def test_what_a_builder_left_that_was_killed_when_it_was_done_goes(place):
     place.prepare()
     assert place.said("train: reusing")
     assert list((place.folder / "cache").rglob(".*")) == []
-
-
-# ---- what is there already
 
 
 def files_below(folder: Path) -> dict[Path, int]:

@@ -43,9 +43,6 @@ def held_out(tinystories_data) -> list[str]:
     return halve(read_stories(str(tinystories_data / "valid.txt"))[0])[1]
 
 
-# ---- spoiling
-
-
 @pytest.mark.parametrize(
     ("way", "spoiled"),
     [
@@ -85,9 +82,6 @@ def test_more_is_spoiled_at_a_higher_rate(way):
 def test_too_few_stories_to_halve_are_refused():
     with pytest.raises(UserError, match="3 held-out stories"):
         halve([TEXT] * 3)
-
-
-# ---- the shipped reference
 
 
 @pytest.mark.slow
@@ -136,9 +130,6 @@ def test_the_script_prints_the_table_and_writes_a_reference(tmp_path):
     assert reference.source["counted"]["num_stories"] == 60
     assert reference.source["held_out"]["files"] == "valid.txt"
     assert real.num_stories == 20
-
-
-# ---- what the scores can see
 
 
 @pytest.mark.slow

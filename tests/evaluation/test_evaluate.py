@@ -68,9 +68,6 @@ def evaluation_of(measured: Measured) -> Evaluation:
     return Evaluation("runs/a", figures, scores, criteria, ("a note",), (story,))
 
 
-# ---- criteria and rows
-
-
 def verdicts(measured: Measured) -> list[str]:
     return [criterion.verdict for criterion in list_criteria(measured)]
 
@@ -208,9 +205,6 @@ def test_figures_are_short_and_intervals_are_plain():
     ]
 
 
-# ---- what is written
-
-
 def test_json_holds_no_nan_and_the_promised_names():
     values = evaluation_of(measure(grammar=math.nan, grammar_interval=Interval(math.nan, math.nan))).to_json()
     text = json.dumps(values, allow_nan=False)
@@ -272,9 +266,6 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
     assert pipe.is_fifo()
 
 
-# ---- stories and prompts
-
-
 def test_the_prompts_are_44_and_leave_room_to_write():
     prompts = read_prompts()
     assert len(prompts) == len(set(prompts)) == 44
@@ -329,9 +320,6 @@ def test_without_the_checker_everything_but_grammar_is_scored(monkeypatch):
     assert "lingotweaker==0.2.8" in note
     values = evaluation.to_json()
     assert (values["grammar"], values["grammar_interval"], values["articles"]) == (None, None, 1.0)
-
-
-# ---- the script
 
 
 @pytest.fixture(scope="module")

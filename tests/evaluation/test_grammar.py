@@ -37,9 +37,6 @@ def faults_of(sentence: str) -> list[str]:
     return [sentence[start:end] for start, end in find_faults(normalise(sentence))]
 
 
-# ---- sentences
-
-
 @pytest.mark.parametrize(
     ("text", "sentences"),
     [
@@ -61,9 +58,6 @@ def test_a_text_is_cut_into_the_sentences_that_were_finished(text, sentences):
 
 def test_an_author_who_ended_a_story_meant_its_last_sentence():
     assert split_sentences("He ran. She", finished=True) == ["He ran.", "She"]
-
-
-# ---- the checker
 
 
 def test_the_pins_are_the_same_everywhere():
@@ -121,9 +115,6 @@ def test_a_checker_that_is_missing_or_another_is_refused_with_the_command_that_m
     assert scores.articles == 1.0
     assert math.isnan(scores.grammar)
     assert math.isnan(scores.grammar_interval.low)
-
-
-# ---- scores
 
 
 def test_scores_tell_right_from_wrong():
@@ -254,9 +245,6 @@ def test_scoring_does_not_import_jax():
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-# ---- the parser, where there is one
-
-
 def test_sentences_without_a_parse_are_one_more_figure(capfd):
     texts = [CLEAN, "Went the to they. " + "They ran and " * 20 + "sat."]
     if ctypes.util.find_library("link-grammar") is None:
@@ -268,9 +256,6 @@ def test_sentences_without_a_parse_are_one_more_figure(capfd):
     assert scores.unparsed_skipped == 1
     assert score_stories(texts) == dataclasses.replace(scores, unparsed_sentences=None, unparsed_skipped=None)
     assert capfd.readouterr().err == ""
-
-
-# ---- the reference
 
 
 def test_a_reference_is_read_as_it_was_written_always_in_the_same_bytes(tmp_path):

@@ -34,9 +34,6 @@ def marks(**changed: Any) -> str:
     return json.dumps({**MARKS, **changed})
 
 
-# ---- asking
-
-
 def test_every_story_is_sent_with_the_rubric_and_its_beginning_marked():
     with judge_stand_in() as server:
         scores = judge_stories(STORIES, make_judge(server))
@@ -82,9 +79,6 @@ def test_equal_stories_are_sent_once():
 def test_an_answer_is_found_in_what_surrounds_it(content):
     with judge_stand_in(lambda number, body: Reply(content)) as server:
         assert judge_stories(STORIES[:1], make_judge(server)).marks["grammar"] == 7
-
-
-# ---- endpoints that stumble
 
 
 @pytest.mark.parametrize(
@@ -243,9 +237,6 @@ def test_https_to_a_port_without_it_is_a_refusal():
     assert "SSL" in str(scores.problem)
 
 
-# ---- replies that cannot be read
-
-
 @pytest.mark.parametrize(
     "reply",
     [
@@ -283,9 +274,6 @@ def test_the_first_reply_that_can_be_read_counts():
     with judge_stand_in(lambda number, body: Reply("Well,") if number < 2 else Reply()) as server:
         assert judge_stories(STORIES[:1], make_judge(server)).num_judged == 1
     assert len(server.requests) == 3
-
-
-# ---- answers that are kept
 
 
 def test_nothing_is_asked_twice_but_another_story_or_of_another_model(tmp_path):
@@ -345,9 +333,6 @@ def test_a_cache_that_is_no_file_of_the_run_is_refused_before_anything_is_asked(
             judge_stories(STORIES, dataclasses.replace(make_judge(server), cache=cache))
         assert not server.requests
     assert [path.read_text() for path in tmp_path.glob("elsewhere")] == [elsewhere] * bool(elsewhere)
-
-
-# ---- the flag
 
 
 @pytest.mark.parametrize(

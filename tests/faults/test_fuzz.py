@@ -55,8 +55,6 @@ def time_limit(case: object) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-# ---- configs
-
 ODD_VALUES: list[Any] = [
     *(0, 1, -1, 2, 3, 7, 255, 256, 2**31 - 1, 2**31, 2**53, 2**63, 10**18, 10**400, 10**5_000, -(10**18)),
     *(0.0, -0.0, 0.5, 1.0, 1e-300, 1e308, -1e308, math.nan, math.inf, -math.inf, 5e-324),
@@ -175,8 +173,6 @@ def test_the_command_ends_with_0_or_2_whatever_the_config(tmp_path, full, tally:
         assert "Traceback" not in result.stderr, flags
         tally[f"exit {result.returncode}"] += 1
 
-
-# ---- files of stories
 
 WORDS = [
     "Once",

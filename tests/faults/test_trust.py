@@ -104,9 +104,6 @@ def test_a_memory_of_hashes_of_a_gigabyte_is_ignored(tmp_path, config):
     tracemalloc.stop()
 
 
-# ---- manifests that agree with themselves
-
-
 def seal(folder: Path, **changed: Any) -> None:
     """Writes the changes into the manifest, with the checksum that belongs to them."""
     path = folder / "manifest.json"
@@ -176,9 +173,6 @@ def test_ids_beyond_the_vocabulary_are_refused_though_the_checksum_is_right(tmp_
     assert "tokens.bin holds ID 300" in error_line(run_script("prepare", *flags(tmp_path)), after_log=True)
 
 
-# ---- paths
-
-
 @pytest.mark.parametrize("fingerprint", ["../../../../etc", "/etc/passwd", "", "x\x00y", "0" * 63, "A" * 64, "0" * 65])
 def test_a_fingerprint_that_would_be_a_path_is_refused(config, fingerprint):
     tokenizer = prepare(config).tokenizer
@@ -211,9 +205,6 @@ def test_a_link_in_place_of_the_memory_of_hashes_is_not_written_through(tmp_path
     hash_files(config.data.train_files, memo)
     assert precious.read_text() == "precious"
     assert not memo.is_symlink()
-
-
-# ---- tokenizers
 
 
 def change(values: Any, where: tuple[str, ...], value: Any) -> str:
@@ -264,9 +255,6 @@ def test_a_given_tokenizer_of_a_gigabyte_is_refused_by_the_command(tmp_path, con
         file.truncate(2**30)
     line = error_line(run_script("prepare", *flags(tmp_path), f"--config.tokenizer.path={large}"))
     assert f"{large} has 1,073,741,824 bytes" in line
-
-
-# ---- code
 
 
 def names_in(tree: ast.AST) -> set[str]:

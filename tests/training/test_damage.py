@@ -263,9 +263,6 @@ def test_another_environment_is_said_in_a_line_and_goes_on(run, tmp_path, monkey
     assert f"since update {LATEST} has changed: {changes}" in warning
 
 
-# ---- sound, but not to be trusted
-
-
 def rewrite_meta(checkpoint: Path, change: Callable[[dict], None]) -> None:
     """Changes what stands beside the arrays, under a checksum that fits."""
     from tinystories_jax.training.meta import digest_of_meta

@@ -28,6 +28,9 @@ def test_the_largest_of_the_halved_micro_batches_that_fits_is_named(monkeypatch)
     assert memory.fitting_micro_batch(config) == (2, 8)
     monkeypatch.setattr(memory, "device_memory_bytes", lambda: 1)
     assert memory.fitting_micro_batch(config) is None
+    assert memory.advise_what_fits(config).endswith("sequence_length, or --config.model.remat=True")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=True))
+    assert memory.advise_what_fits(config).endswith("or a shorter --config.data.sequence_length")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,7 @@ TREE_2, TREE_1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
         (VERSION_1, {f"{TREE_1}/user/job/memory.limit_in_bytes": "2000\n", f"{TREE_2}/memory.max": "max"}, 2000),
         (VERSION_1, {f"{TREE_1}/memory.limit_in_bytes": "6000\n"}, 6000),
         (VERSION_1, {f"{TREE_1}/memory.limit_in_bytes": f"{2**63 - 4096}\n"}, None),
+        (VERSION_1, {f"{TREE_1}/memory.limit_in_bytes": "-1\n"}, None),
         (VERSION_2, {f"{TREE_2}/user/job/memory.max": "max\n"}, None),
         (VERSION_2, {f"{TREE_2}/other/memory.max": "1000\n"}, None),
         (f"\nno group\n{VERSION_2}", {f"{TREE_2}/user/job/memory.max": "3000\n"}, 3000),

@@ -123,9 +123,6 @@ def test_a_large_gradient_is_clipped_and_its_norm_recorded_before(config):
     np.testing.assert_allclose(moment, (1 - config.optim.beta1) * clipped, rtol=1e-5)
 
 
-# ---- Muon
-
-
 def single_with(config: Config, **optim: float) -> Config:
     """Returns `config` with fields of section optim replaced and an update for each micro-step."""
     return dataclasses.replace(

@@ -168,7 +168,7 @@ def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:
         try:
             check = measure()
         except (UserError, OSError) as error:
-            problems = error.problems if isinstance(error, UserError) else (str(error),)
+            problems = error.problems if isinstance(error, UserError) else (f"{error.filename}: {error.strerror}",)
             check = Check(name, Outcome.FAIL, "cannot be used", note="; ".join(problems))
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):

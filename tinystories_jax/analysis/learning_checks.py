@@ -191,8 +191,8 @@ def check_overfit(config: Config) -> Check:
         else "a model that cannot learn two rows by heart learns nothing else: gradients do not reach all "
         "parameters, the optimizer does not apply them, or it holds them back; compare "
         f"optim.max_grad_norm={config.optim.max_grad_norm}, optim.beta1={config.optim.beta1}, "
-        f"optim.beta2={config.optim.beta2} and optim.weight_decay={config.optim.weight_decay} with those of "
-        "configs/top10k.py.",
+        f"optim.beta2={config.optim.beta2}, optim.weight_decay={config.optim.weight_decay} and "
+        f"optim.muon_momentum={config.optim.muon_momentum} with those of configs/top10k.py.",
         remark=f"{_OVERFIT_ROWS} rows, {describe(small)}",
         figures={"loss": loss, "updates": updates, "untrained": untrained},
     )

@@ -104,7 +104,10 @@ def _place_problems(workdir: Path) -> list[str]:
 
 
 def _free_disk(workdir: Path) -> int:
-    return shutil.disk_usage(_nearest_folder(workdir)).free
+    place = workdir.absolute()
+    while not place.is_dir():  # a link that leads nowhere, too, of which `_place_problems` tells
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def _memory(config: Config) -> tuple[list[str], str, dict[str, int | None]]:

@@ -49,9 +49,6 @@ def write_report(folder: Path) -> Path:
     return write_page(folder / "report.html", f"{run.name} · report", parts)
 
 
-# ---- where the run stands
-
-
 def _headline(run: RunFiles) -> str:
     total, update = run.schedule.total_updates, _last_update(run)
     bar = f'<progress max="{total}" value="{update}"></progress>' if 0 < update < total else ""
@@ -113,9 +110,6 @@ def _key_figures(run: RunFiles) -> dict[str, str]:
     if seconds is not None:
         shown["wall time"] = _duration(seconds)
     return shown
-
-
-# ---- scores, config, environment
 
 
 def _scores(run: RunFiles) -> str:

@@ -133,9 +133,6 @@ def read_texts(files: str, limit: int) -> list[str]:
     return stories
 
 
-# ---- measuring
-
-
 def _measure_loss(
     params: Params, tokenizer: StoryTokenizer, config: Config, valid: TokenCache | None, files: str, log: Log
 ) -> tuple[ValidationScores | None, str]:
@@ -191,9 +188,6 @@ def _judge(stories: Sequence[tuple[str, str]], judge: Judge | None, log: Log) ->
         return None
     log(f"sending {len(stories):,} stories to {judge.url}, to be judged by {judge.model}")
     return judge_stories(stories, judge)
-
-
-# ---- telling
 
 
 def _put_together(

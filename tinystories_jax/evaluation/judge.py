@@ -193,9 +193,6 @@ def judge_stories(stories: Sequence[tuple[str, str]], judge: Judge) -> JudgeScor
     )
 
 
-# ---- asking
-
-
 def _ask_all(judge: Judge, wanted: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, Verdict | None]]:
     """Yields keys and verdicts as they come; raises the first thing that makes asking the others pointless."""
     stop, todo = threading.Event(), iter(wanted.items())
@@ -312,9 +309,6 @@ def _verdict(values: Mapping[str, Any]) -> Verdict:
     if group not in AGE_GROUPS:
         raise ValueError(f"{group!r} is no age group")
     return Verdict(**marks, age_group=group)
-
-
-# ---- answers that are kept
 
 
 def _key(model: str, prompt: str, text: str) -> str:

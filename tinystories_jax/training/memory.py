@@ -83,7 +83,8 @@ def _control_group_limits() -> Iterator[int]:
         for folder in (PurePosixPath(group), *PurePosixPath(group).parents):
             # Of version 2 the text is "max" where there is no limit.
             with contextlib.suppress(OSError, ValueError):
-                yield int((tree / folder.relative_to("/") / limit).read_text())
+                if (num_bytes := int((tree / folder.relative_to("/") / limit).read_text())) > 0:
+                    yield num_bytes
 
 
 def try_step_bytes(config: Config, rows: int) -> int | None:
@@ -99,13 +100,14 @@ def try_step_bytes(config: Config, rows: int) -> int | None:
 
 def advise_what_fits(config: Config) -> str:
     """Returns what to do where the step of `config` does not fit, after compiling smaller micro-batches."""
-    fitting = fitting_micro_batch(config)
+    fitting, remat = fitting_micro_batch(config), "" if config.model.remat else "--config.model.remat=True"
     if fitting is None:
-        return f"no smaller micro-batch fits; try {SMALLER}, or --config.model.remat=True"
+        return f"no smaller micro-batch fits; try {SMALLER}" + f", or {remat}" * bool(remat)
     return (
         f"this fits: --config.train.batch_size={fitting[0]} --config.train.grad_accum_steps={fitting[1]}, "
-        "the same update in smaller pieces, in another --workdir if this one has checkpoints; or try "
-        "--config.model.remat=True, slower"
+        "the same update in smaller micro-batches, in another --workdir if this one has checkpoints"
+        + f"; or try {remat}, slower"
+        * bool(remat)
     )
 
 
