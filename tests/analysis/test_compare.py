@@ -11,7 +11,7 @@ from tests.analysis.make_run import PROMPTS, make_run, write_evaluation
 from tests.test_cli import error_line, run_script, script_environment
 from tinystories_jax.analysis.compare import NO_DIFFERENCE, NOT_COMPARABLE, OTHER_TEMPERATURES, compare
 from tinystories_jax.analysis.compare_output import to_markdown, to_text, write_comparison_page
-from tinystories_jax.analysis.noise import judge, t_quantile, welch_interval
+from tinystories_jax.analysis.noise import compare_to_noise, t_quantile, welch_interval
 from tinystories_jax.errors import UserError
 
 BITS = "bits per byte, at the best loss"
@@ -61,20 +61,20 @@ def test_welch_by_hand():
 
 
 def test_two_seeds_that_vary_as_much_as_the_sides_differ_find_nothing():
-    assert judge([1.0, 1.2], [1.1, 1.3]).found is False
-    assert judge([1.0, 1.001], [1.1, 1.101]).found is True
+    assert compare_to_noise([1.0, 1.2], [1.1, 1.3]).found is False
+    assert compare_to_noise([1.0, 1.001], [1.1, 1.101]).found is True
     # Larger than either spread by far, and still not at two seeds: 1 degree of freedom is 12.7 standard errors.
-    assert judge([1.0, 1.0], [1.1, 1.12]).found is False
+    assert compare_to_noise([1.0, 1.0], [1.1, 1.12]).found is False
 
 
 def test_seeds_beat_intervals_and_intervals_beat_nothing():
     apart = [(0.9, 1.1)], [(1.2, 1.4)]
-    assert judge([1.0], [1.3], *apart).found is True
-    assert judge([1.0], [1.3], [(0.9, 1.25)], [(1.2, 1.4)]).found is False
-    assert judge([1.0, 1.5], [1.3, 1.2], apart[0] * 2, apart[1] * 2).found is False
-    assert judge([1.0], [1.3]).why == "one seed per side: no noise estimate"
-    assert judge([1.0, 1.1], [1.3]).why == "one seed on one side: no noise estimate"
-    assert judge([1.0, 1.0], [1.3, 1.3]).found is None
+    assert compare_to_noise([1.0], [1.3], *apart).found is True
+    assert compare_to_noise([1.0], [1.3], [(0.9, 1.25)], [(1.2, 1.4)]).found is False
+    assert compare_to_noise([1.0, 1.5], [1.3, 1.2], apart[0] * 2, apart[1] * 2).found is False
+    assert compare_to_noise([1.0], [1.3]).why == "one seed per side: no noise estimate"
+    assert compare_to_noise([1.0, 1.1], [1.3]).why == "one seed on one side: no noise estimate"
+    assert compare_to_noise([1.0, 1.0], [1.3, 1.3]).found is None
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_side(tmp_path):

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from tests.tiny import CONFIGS, make_tiny_config, read_tiny_values
-from tinystories_jax.analysis import measure, timing
 from tinystories_jax.analysis import plan as plan_module
-from tinystories_jax.analysis.measure import Measurement, measure_training
+from tinystories_jax.analysis import step_timing, timing
 from tinystories_jax.analysis.plan import (
     ASSUMED_MFU,
     GPUS,
@@ -34,6 +33,7 @@ from tinystories_jax.analysis.plan import (
     time_work,
 )
 from tinystories_jax.analysis.plan_table import format_plan
+from tinystories_jax.analysis.step_timing import Measurement, measure_training
 from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.data.prepare import prepare_data
@@ -272,7 +272,7 @@ def measured(tmp_path_factory) -> Plan:
     config = tiny_config_on(folder)
     prepare_data(config, show_progress=False, log=lambda line: None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_TIMING_SECONDS", 0.1)
+        patch.setattr(step_timing, "_TIMING_SECONDS", 0.1)
         patch.chdir(folder)
         before = list_files(folder)
         plan = make_plan(config)
@@ -319,11 +319,11 @@ def compile_once(config: Config, rows: int) -> Any:
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr(measure, "compile_step", compile_once)
-    monkeypatch.setattr(measure, "_TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(step_timing, "compile_step", compile_once)
+    monkeypatch.setattr(step_timing, "_TIMING_SECONDS", 0.0)
     monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 1e-9)
-    monkeypatch.setattr(measure, "_FIRST_STEP_FLOPS", 1.0)
-    monkeypatch.setattr(measure, "_FIRST_STEP_FLOPS_ON_CPU", 1.0)
+    monkeypatch.setattr(step_timing, "_FIRST_STEP_FLOPS", 1.0)
+    monkeypatch.setattr(step_timing, "_FIRST_STEP_FLOPS_ON_CPU", 1.0)
     return monkeypatch
 
 
@@ -334,7 +334,7 @@ def test_cheap_steps_grow_to_all_rows(hurried):
 
 
 def test_the_first_run_of_a_program_says_nothing_of_a_step(hurried):
-    run, warm = measure._Trial.run, []
+    run, warm = step_timing._Trial.run, []
 
     def run_slowly_at_first(trial, num_steps):
         seconds = run(trial, num_steps)
@@ -343,14 +343,14 @@ def test_the_first_run_of_a_program_says_nothing_of_a_step(hurried):
         warm.append(trial.rows)
         return 1000.0
 
-    hurried.setattr(measure._Trial, "run", run_slowly_at_first)
+    hurried.setattr(step_timing._Trial, "run", run_slowly_at_first)
     found = measure_tiny([])
     assert found.rows == 4
     assert found.micro_step_seconds < 5
 
 
 def test_costly_steps_stay_small_and_are_scaled_by_tokens(hurried, measured, tmp_path):
-    hurried.setattr(measure, "_STEP_SECONDS", 0.0)
+    hurried.setattr(step_timing, "_STEP_SECONDS", 0.0)
     found = measure_tiny([])
     assert found.rows == 1
     assert scale_memory(found, 4) == found.memory.total_bytes + 3 * found.memory.temporaries_bytes
@@ -362,10 +362,10 @@ def test_costly_steps_stay_small_and_are_scaled_by_tokens(hurried, measured, tmp
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's limits are set")
 def test_a_micro_batch_that_does_not_fit_shrinks(hurried):
-    hurried.setattr(measure, "_FIRST_STEP_FLOPS_ON_CPU", 1e12)
+    hurried.setattr(step_timing, "_FIRST_STEP_FLOPS_ON_CPU", 1e12)
     config = one_layer_config()
     too_much = read_memory(compile_once(config, config.train.batch_size)).total_bytes
-    hurried.setattr(measure, "_CPU_MEMORY_BYTES", too_much - 1)
+    hurried.setattr(step_timing, "_CPU_MEMORY_BYTES", too_much - 1)
     found = measure_tiny([])
     assert found.rows == config.train.batch_size - 1
     assert found.memory.total_bytes < too_much
@@ -373,7 +373,7 @@ def test_a_micro_batch_that_does_not_fit_shrinks(hurried):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's limits are set")
 def test_a_row_that_does_not_fit_is_told_and_the_rest_is_planned(hurried, tmp_path):
-    hurried.setattr(measure, "_CPU_MEMORY_BYTES", 1000.0)
+    hurried.setattr(step_timing, "_CPU_MEMORY_BYTES", 1000.0)
     plan = make_plan(tiny_config_on(tmp_path, model__num_layers=1))
     assert plan.measurement is plan.here is None
     assert "one row takes" in plan.not_measured

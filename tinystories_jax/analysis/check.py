@@ -37,7 +37,7 @@ class Check:
     seconds: float = 0.0
 
 
-def judge(
+def pass_or_fail(
     name: str,
     good: bool,
     measured: str,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from tinystories_jax.analysis.measures import MEASURES, Measure
-from tinystories_jax.analysis.noise import Verdict, judge
+from tinystories_jax.analysis.compare_measures import MEASURES, Measure
+from tinystories_jax.analysis.noise import Verdict, compare_to_noise
 from tinystories_jax.analysis.run_files import Interval, RunFiles
 from tinystories_jax.analysis.sides import Side, describe_difference, find_doubts, read_sides, same_tokenizer
 
@@ -136,7 +136,7 @@ def _judge(measure: Measure, first: Side, second: Side) -> Judgement | None:
         return Judgement(measure.name, pair, _NONE, _NONE, NOT_COMPARABLE, None)
     if measure.by_evaluation and len({_temperature(run) for run in (*first.runs, *second.runs)} - {None}) > 1:
         return Judgement(measure.name, pair, _NONE, _NONE, OTHER_TEMPERATURES, None)
-    verdict = judge(a, b, _intervals(measure, first), _intervals(measure, second))
+    verdict = compare_to_noise(a, b, _intervals(measure, first), _intervals(measure, second))
     interval = _NONE
     if verdict.interval is not None:
         interval = " to ".join(measure.write_difference(limit) for limit in verdict.interval)

@@ -6,9 +6,9 @@ from html import escape
 from pathlib import Path
 
 from tinystories_jax.analysis.compare import Comparison
-from tinystories_jax.analysis.figures import NUM_SERIES, Axis, Curve, draw
-from tinystories_jax.analysis.measures import training_flops_per_token
+from tinystories_jax.analysis.compare_measures import training_flops_per_token
 from tinystories_jax.analysis.page import figure, figures, header, paragraph, section, story, table, write_page
+from tinystories_jax.analysis.plots import NUM_SERIES, Axis, Curve, draw
 from tinystories_jax.analysis.run_files import RunFiles
 
 _NOTE = (

@@ -4,8 +4,8 @@ from statistics import median
 
 import numpy as np
 
-from tinystories_jax.analysis.figures import Axis, Curve, draw, smooth, thin_out
 from tinystories_jax.analysis.page import figure, figures, paragraph, section
+from tinystories_jax.analysis.plots import Axis, Curve, draw, smooth, thin_out
 from tinystories_jax.analysis.run_files import RunFiles
 
 _UPDATE = Axis("update")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import xxhash
 
-from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.analysis.check import Check, pass_or_fail
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import TokenCache, batch_at, load_hashes, num_blocks
 from tinystories_jax.data.prepare import (
@@ -47,7 +47,7 @@ def check_tokenizer_and_cache(config: Config, data: PreparedData) -> Check:
             continue
         compared += _compare_stories(split, cache, data, ends, problems, details)
         problems += _first_story_problems(split, cache, data, int(ends[0]), source)
-    return judge(
+    return pass_or_fail(
         "tokenizer and cache",
         not problems,
         f"{len(problems)} problems; {compared:,} stories came back",
@@ -152,7 +152,7 @@ def check_data(config: Config, data: PreparedData) -> Check:
         problems.append(
             f"the first epoch does not visit {wrong:,} of {blocks:,} blocks exactly once; see batch_at in data/cache.py"
         )
-    return judge(
+    return pass_or_fail(
         "data",
         not problems,
         f"{shared:,} shared stories, {blocks - wrong:,} of {blocks:,} blocks once",

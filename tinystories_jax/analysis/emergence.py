@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tinystories_jax.analysis.figures import Axis, Curve, draw
 from tinystories_jax.analysis.page import figure, figures, paragraph, section, story
+from tinystories_jax.analysis.plots import Axis, Curve, draw
 from tinystories_jax.analysis.run_files import RunFiles, number
 
 _MOST_MOMENTS = 12

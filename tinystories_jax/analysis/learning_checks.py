@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.analysis.check import Check, pass_or_fail
 from tinystories_jax.analysis.small_copy import (
     describe,
     jit_forward,
@@ -55,7 +55,7 @@ def check_target_shift(config: Config, block: np.ndarray | None, tokenizer: Stor
     trained = float(metrics.loss[-1])
     validated, num_validated = _validate(state.params, np.resize(cycle, _EVALUATED_TOKENS), small)
     offset, share = _learnt_offset(jit_forward(small)(state.params, blocks[0, :, :-1]), blocks[0, :, :-1], cycle)
-    return judge(
+    return pass_or_fail(
         "target shift",
         offset == 1
         and share >= _SHIFT_SHARE_BOUND
@@ -135,7 +135,7 @@ def check_initial_loss(config: Config, block: np.ndarray | None, why_random: str
     loss = loss_of(steps.fresh_params(config), rows_of(config, block), config)
     expected = _expected_initial_loss(config.model)
     distance = abs(loss / expected - 1)
-    return judge(
+    return pass_or_fail(
         "loss at initialisation",
         distance <= _INITIAL_LOSS_BOUND,
         f"{loss:.4f} nats, {distance:.2%} off",
@@ -180,7 +180,7 @@ def check_overfit(config: Config) -> Check:
             state, metrics = train_step(state, rows, no_articles_V)
         updates, loss = updates + 10, float(metrics.loss)
     untrained = _untrained(before, jax.device_get(state.params))
-    return judge(
+    return pass_or_fail(
         "overfit",
         loss < _OVERFIT_BOUND and not untrained,
         f"{loss:.4f} nats after {updates} updates; {len(untrained)} arrays not trained",
@@ -232,7 +232,7 @@ def check_accumulation(config: Config) -> Check:
     of_params = _norm(error) / moved if moved else math.nan
     # The optimizers forget the scale of a gradient, so a sum in place of a mean shows in the gradient's norm alone.
     of_gradient = float(np.abs(metrics.grad_norm[k - 1 :: k] / whole_metrics.grad_norm - 1).max())
-    return judge(
+    return pass_or_fail(
         "accumulation",
         of_params <= _ACCUMULATION_BOUND and of_gradient <= _ACCUMULATION_BOUND,
         f"change of parameters {of_params:.1e}, gradient {of_gradient:.1e}",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.analysis.check import Check, pass_or_fail
 from tinystories_jax.analysis.small_copy import (
     LONGEST_CONTEXT,
     describe,
@@ -73,7 +73,7 @@ def check_causality(config: Config) -> Check:
     ]
     # np.max, because that of Python passes over what is not a number.
     gradient, difference = float(np.max(gradients)), float(np.max(changes))
-    return judge(
+    return pass_or_fail(
         "causality",
         gradient == 0 and difference == 0,
         f"gradient {gradient:.2g}, change of logits {difference:.2g}",
@@ -120,7 +120,7 @@ def check_decode_parity(config: Config) -> Check:
         off += f", {config.model.dtype} {np.max(list(rounded.values())):.1e}"
         bound += f" and {_ROUNDED_BOUND:g}"
         dtypes += f" and {config.model.dtype}"
-    return judge(
+    return pass_or_fail(
         "decode parity",
         largest <= _PARITY_BOUND and disagreeing == 0 and all(value <= _ROUNDED_BOUND for value in rounded.values()),
         f"logits {off}; {disagreeing} tokens differ",
@@ -212,7 +212,7 @@ def check_precision(config: Config, block: np.ndarray | None) -> Check:
     exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     rounds = config.model.dtype != "float32"
     difference = abs(loss_of(params, rows, config) - loss_of(params, rows, exact)) if rounds else 0.0
-    return judge(
+    return pass_or_fail(
         "precision",
         not wrong and difference <= _PRECISION_BOUND,
         f"{len(wrong)} arrays not float32" + f"; {config.model.dtype} loss {difference:.1e} off" * rounds,

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from tinystories_jax.analysis.check import Check, judge, skip
+from tinystories_jax.analysis.check import Check, pass_or_fail, skip
 from tinystories_jax.config import Config
 from tinystories_jax.data.prepare import PreparedData
 from tinystories_jax.data.tokenizer import load_tokenizer
@@ -47,7 +47,7 @@ def check_machine(config: Config, workdir: Path, *, measure_memory: bool) -> Che
     speed = f"{peak / 1e12:.0f} TFLOP/s in bf16" if peak else "bf16 peak unknown"
     if device.platform == "gpu":
         speed += f", driver {_nvidia_driver()}"
-    return judge(
+    return pass_or_fail(
         "machine",
         not problems,
         f"{device.device_kind}, {speed}, {free / 1e9:,.0f} GB of disk free",
@@ -178,7 +178,7 @@ def check_checkpoint(data: PreparedData | None, run: Path, why_no_data: str = ""
             )
     if data is None and not problems:
         return skip("checkpoint", f"restored, tokenizers agree; its loss cannot be measured: {why_no_data}")
-    return judge(
+    return pass_or_fail(
         "checkpoint",
         not problems,
         f"update {meta.update:,}" + ("" if loss is None else f", validation loss {loss:.5f}"),

@@ -22,7 +22,7 @@ class Verdict:
     why: str
 
 
-def judge(
+def compare_to_noise(
     first: Sequence[float],
     second: Sequence[float],
     first_intervals: Sequence[Interval] = (),

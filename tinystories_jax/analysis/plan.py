@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tinystories_jax.analysis.benchmark.inputs import synthetic_tokens
-from tinystories_jax.analysis.measure import Measurement, measure_training
+from tinystories_jax.analysis.step_timing import Measurement, measure_training
 from tinystories_jax.config import Config, ModelConfig, with_data, with_unknown_data
 from tinystories_jax.data.cache import cache_bytes, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data, find_vocab_size

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinystories_jax.analysis.check import Check, judge
+from tinystories_jax.analysis.check import Check, pass_or_fail
 from tinystories_jax.config import Config, OptimConfig, Schedule
 from tinystories_jax.training import optim
 
@@ -50,7 +50,7 @@ def check_schedule(config: Config) -> Check:
     )
     applied = rates["applied"]
     at_peak = max(warmup, 1)
-    return judge(
+    return pass_or_fail(
         "schedule",
         error <= _SCHEDULE_BOUND and right_length and peak > 0,
         f"{applied[at_peak]:.2e} at {at_peak:,}, {applied[total]:.2e} at {total:,}",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from tinystories_jax.analysis.figures import compact
+from tinystories_jax.analysis.plots import compact
 from tinystories_jax.analysis.run_files import Interval, RunFiles, number
 from tinystories_jax.analysis.sides import bytes_per_token
 from tinystories_jax.evaluation.results import Score
