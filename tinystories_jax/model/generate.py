@@ -201,7 +201,7 @@ def decode_form(config: ModelConfig, num_rows: int) -> DecodeForm:
     A GPU writes in the config's dtype. XLA's CPU backend has no arithmetic in bf16 but matmuls of many rows, and
     converts to float32 and back: there activations are float32, and of a config in bf16 matrices, keys and values are
     what is rounded. Matrices in bf16 it reads packed for a single row, and transposed for many where the processor has
-    instructions for bf16: half as many bytes (docs/benchmarks.md). For a few rows it has them in float32, so that a
+    instructions for bf16: half as many bytes (docs/tuning.md). For a few rows it has them in float32, so that a
     story is the same alone and beside a few others, but for the rounding of float32; many round the activations too.
     """
     if jax.default_backend() != "cpu" or config.dtype == "float32":
@@ -215,7 +215,7 @@ def _num_groups(batch_size: int) -> int:
     """Returns into how many equal groups the rows are cut, each with a program of its own.
 
     XLA's CPU backend runs the operations of a step one after the other, and small ones in a single thread: two programs
-    at once keep two threads busy (docs/benchmarks.md). A GPU is busy with one.
+    at once keep two threads busy (docs/tuning.md). A GPU is busy with one.
     """
     fits = batch_size % _NUM_GROUPS == 0 and batch_size >= _NUM_GROUPS * _SMALLEST_GROUP
     return _NUM_GROUPS if fits and jax.default_backend() == "cpu" else 1

@@ -150,7 +150,7 @@ def split_columns(array: jax.Array, widths: tuple[int, ...]) -> list[jax.Array]:
 
     With a gradient of its own. XLA's CPU backend would join the parts of one in bf16 in float32, and round that. On a
     GPU XLA would join them anew for each matmul that reads them, and apart from what makes them: a tenth of a step
-    (docs/benchmarks.md).
+    (docs/tuning.md).
     """
     return _split_columns(array, widths)
 

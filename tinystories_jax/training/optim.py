@@ -83,7 +83,7 @@ def decay_mask(params: optax.Params) -> optax.Params:
 
 class _SingleSteps(optax.MultiSteps):
     """Where every micro-step is an update: nothing is added up, so there is no place for sums, and nothing is chosen
-    between the state before and after, for which all of both would be read and written again (docs/benchmarks.md)."""
+    between the state before and after, for which all of both would be read and written again (docs/tuning.md)."""
 
     def init(self, params: optax.Params) -> optax.MultiStepsState:
         return super().init(params)._replace(acc_grads=())

@@ -64,7 +64,7 @@ def make_train_step(config: Config, optimizer: optax.MultiSteps, *, for_many_upd
     """Returns the jitted `train_step(state, block, article_mask_V)`; the given state's buffers are reused (donated).
 
     block: int32 (batch, sequence_length + 1); article_mask_V: True for the IDs of a / an / the. `for_many_updates`: on
-    an x86 processor matmuls in float32 then go to oneDNN. An update takes less time (docs/benchmarks.md), but JAX
+    an x86 processor matmuls in float32 then go to oneDNN. An update takes less time (docs/tuning.md), but JAX
     cannot keep such a program for the next start, which spends the time of a few updates on compiling it again. In
     bf16 XLA's own are faster.
     """
