@@ -58,12 +58,12 @@ def test_streaming_writes_the_same_stories(params, tokenizer, config):
 def test_a_finished_story_has_no_end_marker_in_its_text(params, tokenizer, config):
     # The hidden state is normalised, so a large embedding row for the end token wins against all others.
     embedding_VD = params["embed_tokens"]["embedding"]
-    biased = params | {"embed_tokens": {"embedding": embedding_VD.at[1:].matmul(1e-6)}}
+    biased = params | {"embed_tokens": {"embedding": embedding_VD.at[1:].multiply(1e-6)}}
     (story,) = write_stories(biased, tokenizer, config, ["a cat"], Sampling(temperature=0.0), seed=0, max_new_tokens=40)
     assert story.finished
     assert "<|endoftext|>" not in story.text
     assert story.text.startswith("a cat")
-    unbiased = params | {"embed_tokens": {"embedding": embedding_VD.at[0].matmul(1e-6)}}
+    unbiased = params | {"embed_tokens": {"embedding": embedding_VD.at[0].multiply(1e-6)}}
     (story,) = write_stories(
         unbiased, tokenizer, config, ["a cat"], Sampling(temperature=0.0), seed=0, max_new_tokens=5
     )

@@ -213,7 +213,7 @@ def describe_corpus(config: Config, data: PreparedData | None) -> Corpus:
 
 def estimate_tokens(num_stories: int, vocab_size: int) -> int:
     """Returns about how many tokens so many stories of TinyStories are under a vocabulary of their own; under one of
-    other text they are some more (3 % of 32,000 tokens made for WikiText, docs/recipe.md)."""
+    other text they are some more."""
     sizes, ratios = zip(*_TOKENS_BY_VOCAB_SIZE.items(), strict=True)
     ratio = float(np.interp(np.log(vocab_size), np.log(sizes), ratios))
     return round(_TINYSTORIES_TOKENS * ratio * num_stories / _TINYSTORIES_STORIES)
