@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 
 from tinystories_jax.config import (
@@ -142,6 +143,7 @@ def test_a_value_of_another_type_is_refused_by_what_it_must_be(field, value, pro
 def test_a_section_that_is_none_is_told_from_one_that_is_missing():
     values = read_config("top10k")
     assert only_problem_of({**values, "train": 3}) == "section train=3 must be a ConfigDict; see configs/top10k.py"
+    assert only_problem_of({**values, "train": np.array([1, 2])}).startswith("section train=array([1, 2]) must be")
     assert only_problem_of({**values, "train": {}}) == "section train is missing; see configs/top10k.py"
 
 

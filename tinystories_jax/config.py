@@ -168,7 +168,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     for name, section_type in _SECTIONS.items():
         given: Any = values.get(name)
         present = dict(given.items()) if hasattr(given, "items") else {}
-        if given and not present:
+        if given is not None and not hasattr(given, "items"):
             problems.append(f"section {name}={_show(given)} must be a ConfigDict; see configs/top10k.py")
         elif not present:
             problems.append(f"section {name} is missing; see configs/top10k.py")
@@ -263,7 +263,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def contradictions(of_run: Config, requested: Config) -> list[str]:
     """Returns one line per field in which `requested` would not continue the run that `of_run` describes.
 
-    Derived values are named only where no field that a user sets differs.
+    Derived values are named only where no field that a user sets differs: then the data or the code are others.
     """
     found = differences(of_run, requested)
     # Which checkpoint is best and when patience ends follow from losses that compare on the same tokens alone.
@@ -271,7 +271,17 @@ def contradictions(of_run: Config, requested: Config) -> list[str]:
     if batches[0] != batches[1]:
         found.append(("eval.max_batches", *batches))
     found = [item for item in found if not _is_derived(item[0])] or found
-    return [f"{name}: the run has {before}, requested {now}" for name, before, now in found]
+    return [f"{name}: the run has {_brief(before)}, requested {_brief(now)}" for name, before, now in found]
+
+
+def follows_from_the_data(contradiction: str) -> bool:
+    """Returns whether a line of `contradictions` is about a derived value."""
+    return _is_derived(contradiction.partition(":")[0])
+
+
+def _brief(value: Any) -> str:
+    text = str(value)  # the ends of epochs may be many
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:

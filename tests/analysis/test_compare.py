@@ -140,6 +140,13 @@ def test_runs_of_one_name_that_were_written_otherwise_are_told_of(tmp_path):
     assert any(told in doubt for doubt in compare(runs).doubts)
 
 
+def test_scores_at_an_unknown_temperature_do_not_compare(tmp_path):
+    runs = make_pairs(tmp_path, [2.0], [1.0], optim__weight_decay=0.0)
+    for run, temperature in zip(runs, (1.0, None), strict=True):
+        write_evaluation(run, articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0), temperature=temperature)
+    assert judged(compare(runs), "articles, evaluate.py").said == OTHER_TEMPERATURES
+
+
 def test_a_difference_larger_than_the_noise_is_found(tmp_path):
     comparison = compare(make_pairs(tmp_path, [2.0, 2.002], [1.5, 1.502], optim__weight_decay=0.0))
     verdict = verdict_on(comparison, BITS)

@@ -132,7 +132,7 @@ def test_times_on_gpus_are_flops_by_peak_and_mfu(top10k):
     assert half.training_seconds == pytest.approx(2 * top10k.gpus[-1].training_seconds)
 
 
-@pytest.mark.parametrize("mfu", [0.0, -0.1, 1.01, math.nan])
+@pytest.mark.parametrize("mfu", [0.0, 1e-320, -0.1, 1.01, math.nan])
 def test_an_mfu_that_is_no_share_is_refused(mfu):
     with pytest.raises(UserError, match="--mfu"):
         make_plan(make_tiny_config(), mfu=mfu, measure=False)

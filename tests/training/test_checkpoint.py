@@ -23,7 +23,7 @@ from tinystories_jax.training.checkpoint import (
     restore_params,
 )
 from tinystories_jax.training.environment import describe_environment
-from tinystories_jax.training.meta import Evaluation, History, Meta
+from tinystories_jax.training.meta import Evaluation, History, Meta, require_same_run
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.run_folder import way_out
 from tinystories_jax.training.steps import TrainState, init_state, make_train_step
@@ -103,6 +103,21 @@ def test_the_way_out_is_that_of_the_fault(number, advice):
     assert way_out(ValueError(f"of another library: {os.strerror(number)}")) == advice
 
 
+def test_other_stories_are_told_of_where_only_what_follows_from_them_differs(tmp_path, config, tokenizer):
+    saved = meta_at(1, config, tokenizer)
+    ends = tuple(range(1, 2000))
+    longer = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, num_blocks=999, epoch_ends=ends))
+    now = dataclasses.replace(saved, config=longer)
+    with pytest.raises(UserError, match="holds another run") as caught:
+        require_same_run(saved, now, tmp_path)
+    assert max(map(len, caught.value.problems)) < 300
+    with pytest.raises(UserError, match="trained on other stories"):
+        require_same_run(saved, dataclasses.replace(now, train_fingerprint="0" * 64), tmp_path)
+    seeded = dataclasses.replace(now, config=dataclasses.replace(longer, seed=7), train_fingerprint="0" * 64)
+    with pytest.raises(UserError, match="seed: the run has 0, requested 7"):
+        require_same_run(saved, seeded, tmp_path)
+
+
 @pytest.mark.parametrize(("num_epochs", "kept_epochs"), [(0, 0), (1, 1), (20, 20), (21, 10), (400, 20), (11_719, 19)])
 def test_of_many_epochs_not_every_checkpoint_is_kept(config, num_epochs, kept_epochs):
     ends = tuple(range(5, 5 * num_epochs + 1, 5))
@@ -165,10 +180,10 @@ def test_a_checkpoint_holds_all_that_sampling_needs(tmp_path, config, tokenizer)
     assert (meta.config, meta.tokenizer) == (config, tokenizer)
 
 
-@pytest.mark.parametrize("step", ["3", "epoch:2", "epoch:0", "newest", "-1", ""])
+@pytest.mark.parametrize("step", ["3", "epoch:2", "epoch:0", "newest", "-1", "", "\u0661", "9" * 5000])
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path, config, tokenizer, step):
     save_run(tmp_path, config, tokenizer, {1: 1.0, 2: 0.5})
-    with pytest.raises(UserError, match=rf"--step={step}.*1, 2"):
+    with pytest.raises(UserError, match=rf"--step={step:.100}.*1, 2"):
         restore_params(tmp_path, step)
 
 

@@ -134,7 +134,7 @@ def _judge(measure: Measure, first: Side, second: Side) -> Judgement | None:
     pair = f"{first.letter}\u00a0→\u00a0{second.letter}"
     if measure.per_token and not same_tokenizer(first.runs[0], second.runs[0]):
         return Judgement(measure.name, pair, _NONE, _NONE, NOT_COMPARABLE, None)
-    if measure.by_evaluation and len({_temperature(run) for run in (*first.runs, *second.runs)} - {None}) > 1:
+    if measure.by_evaluation and len(_temperatures(first) | _temperatures(second)) > 1:
         return Judgement(measure.name, pair, _NONE, _NONE, OTHER_TEMPERATURES, None)
     verdict = compare_to_noise(a, b, _intervals(measure, first), _intervals(measure, second))
     interval = _NONE
@@ -144,8 +144,9 @@ def _judge(measure: Measure, first: Side, second: Side) -> Judgement | None:
     return Judgement(measure.name, pair, measure.write_difference(verdict.difference), interval, said, verdict)
 
 
-def _temperature(run: RunFiles) -> float | None:
-    return None if run.evaluation is None else run.evaluation.temperature
+def _temperatures(side: Side) -> set[float | None]:
+    """Returns those at which the side's stories were scored, None for one that nobody knows."""
+    return {run.evaluation.temperature for run in side.runs if run.evaluation is not None}
 
 
 def _stories(sides: Sequence[Side]) -> tuple[tuple[str, tuple[str, ...]], ...]:

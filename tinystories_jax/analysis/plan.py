@@ -23,6 +23,7 @@ from tinystories_jax.training.flops import PEAK_BF16_FLOPS, PEAK_SOURCE, split_f
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.steps import init_state
 
+_LEAST_MFU = 1e-6
 ASSUMED_MFU = 0.313  # of configs/top10k.py on an NVIDIA H200, by its training step (docs/benchmarks.md)
 GPUS = {
     "RTX 3090": "NVIDIA GeForce RTX 3090",
@@ -155,8 +156,8 @@ def make_plan(
     Without it they get the one measured here, or `ASSUMED_MFU` on a device of unknown peak. Raises `UserError` for data
     that cannot be read.
     """
-    if mfu is not None and not 0 < mfu <= 1:
-        raise UserError(f"--mfu={mfu} must be above 0 and at most 1; for instance --mfu={ASSUMED_MFU}")
+    if mfu is not None and not _LEAST_MFU <= mfu <= 1:
+        raise UserError(f"--mfu={mfu} must be from {_LEAST_MFU} to 1; for instance --mfu={ASSUMED_MFU}")
     data = find_data(config)
     corpus = describe_corpus(config, data)
     config = with_corpus(config, corpus)

@@ -136,7 +136,8 @@ def _writing(evaluation: StoredEvaluation) -> str:
     temperature = "an unknown temperature"
     if evaluation.temperature is not None:
         temperature = f"temperature {evaluation.temperature:g}"
-    return f"{evaluation.num_stories} stories at {temperature}"
+    num_stories = "an unknown number of" if evaluation.num_stories is None else evaluation.num_stories
+    return f"{num_stories} stories at {temperature}"
 
 
 def _stories(config: Config, split: Literal["train", "valid"]) -> tuple[str, ...]:
@@ -151,6 +152,6 @@ def bytes_per_token(run: RunFiles) -> float | None:
     """Returns the UTF-8 bytes of a token of the validation split, which loss and bits per byte imply."""
     for row in run.evaluations:
         bits = number(row, "valid/bits_per_byte")
-        if bits:
-            return row["valid/loss"] / (math.log(2) * bits)
+        if bits and math.isfinite(ratio := row["valid/loss"] / (math.log(2) * bits)):
+            return ratio
     return None

@@ -305,11 +305,11 @@ def _choose(folder: Path, updates: list[int], step: str) -> int:
     kept = ", ".join(map(str, updates))
     if step == "latest":
         return updates[-1]
-    if step.isdecimal() and int(step) in updates:
+    if step in map(str, updates):
         return int(step)
     epoch = re.fullmatch(r"epoch:([0-9]{1,9})", step)
     if step != "best" and not epoch:
-        raise UserError(f"--step={step}: must be best, latest, epoch:N or one of the updates kept: {kept}")
+        raise UserError(f"--step={step:.100}: must be best, latest, epoch:N or one of the updates kept: {kept}")
     # The newest one knows of all evaluations before it, and without it nobody could say which is best.
     meta, _ = _open(folder / str(updates[-1]))
     if not epoch:
@@ -318,7 +318,8 @@ def _choose(folder: Path, updates: list[int], step: str) -> int:
     assert meta.config.schedule is not None
     ends, number = meta.config.schedule.epoch_ends, int(epoch[1])
     if not 1 <= number <= len(ends) or ends[number - 1] not in updates:
-        raise UserError(f"--step={step}: no checkpoint of that epoch; updates with one: {kept}")
+        epochs = ", ".join(str(index) for index, end in enumerate(ends, start=1) if end in updates) or "none"
+        raise UserError(f"--step={step}: no checkpoint of that epoch; kept are epochs {epochs}, and updates {kept}")
     return ends[number - 1]
 
 

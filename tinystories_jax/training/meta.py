@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import xxhash
 
-from tinystories_jax.config import Config, contradictions, from_dict, to_dict
+from tinystories_jax.config import Config, contradictions, follows_from_the_data, from_dict, to_dict
 from tinystories_jax.data.folders import read_small_file
 from tinystories_jax.data.tokenizer import StoryTokenizer, parse_tokenizer
 from tinystories_jax.errors import UserError
@@ -185,11 +185,19 @@ def require_same_run(saved: Meta, now: Meta, workdir: Path) -> None:
     if saved.tokenizer.sha256 != now.tokenizer.sha256:
         shas = saved.tokenizer.sha256[:16], now.tokenizer.sha256[:16]
         differing.append(f"tokenizer: the run has SHA-256 {shas[0]}, requested {shas[1]}")
-    if differing:
+    other_stories = _other_stories(saved, now, workdir)
+    # What follows from the data cannot be given; which data they were can.
+    if differing and not (other_stories and all(map(follows_from_the_data, differing))):
         raise UserError(
             [f"{workdir} holds another run; give another --workdir, or the run's own values:"]
             + [f"  {line}" for line in differing]
         )
+    if other_stories:
+        raise UserError(other_stories)
+
+
+def _other_stories(saved: Meta, now: Meta, workdir: Path) -> str:
+    """Returns what to say where `now` would train on other stories than `saved` did, else nothing."""
     for split, before, given in (
         ("train", saved.train_fingerprint, now.train_fingerprint),
         ("validation", saved.valid_fingerprint, now.valid_fingerprint),
@@ -197,11 +205,12 @@ def require_same_run(saved: Meta, now: Meta, workdir: Path) -> None:
         if before != given:
             fields, new = dataclasses.asdict(saved.config.data), dataclasses.asdict(now.config.data)
             other = [f"data.{key}: {fields[key]!r} then, {new[key]!r} now" for key in new if fields[key] != new[key]]
-            raise UserError(
+            return (
                 f"{workdir}: the run was trained on other stories (its {split} cache is {before[:16]}, the data now "
                 f"gives {given[:16]}; {'; '.join(other) or 'the same fields, so other contents'}); give back the same "
                 "stories, or another --workdir"
             )
+    return ""
 
 
 def digest_of_meta(values: dict[str, Any]) -> str:
