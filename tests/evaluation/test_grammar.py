@@ -37,6 +37,11 @@ def faults_of(sentence: str) -> list[str]:
     return [sentence[start:end] for start, end in find_faults(normalise(sentence))]
 
 
+def test_a_misspelled_word_is_no_fault_and_hides_none():
+    assert faults_of("The littel girll ran home.") == []
+    assert faults_of("Tom'sHe mom saw that he was jealous.") == ["sHe mom"]
+
+
 @pytest.mark.parametrize(
     ("text", "sentences"),
     [
