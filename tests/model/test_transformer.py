@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.lowered import text_as_called
@@ -293,6 +295,21 @@ def test_initial_parameters_depend_on_the_key_alone():
     one, same, other = (init_params(CONFIG, jax.random.key(seed)) for seed in (5, 5, 6))
     assert all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(same)))
     assert not np.array_equal(one["embed_tokens"]["embedding"], other["embed_tokens"]["embedding"])
+
+
+def test_every_matrix_has_the_key_that_flax_would_give_it(params):
+    rngs = nnx.Rngs(jax.random.key(0))
+    model = transformer.Transformer(CONFIG, rngs=rngs)
+    made = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert all(map(np.array_equal, jax.tree.leaves(made), jax.tree.leaves(params)))
+
+
+def test_the_shapes_of_hundreds_of_layers_are_counted_without_delay():
+    counted = [num_params(dataclasses.replace(CONFIG, num_layers=layers)) for layers in (1, 2)]
+    began = time.perf_counter()
+    deep = num_params(dataclasses.replace(CONFIG, num_layers=300))
+    assert deep == counted[0] + 299 * (counted[1] - counted[0])
+    assert time.perf_counter() - began < 20  # it took a minute when JAX was asked for the counter of the keys
 
 
 def test_num_params_counts_what_is_made(params):

@@ -11,7 +11,7 @@ of several matrices side by side, N rows and key/value heads as one axis, R quer
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     Those that write into the residual stream are smaller by 1 / sqrt(2 num_layers) (GPT-2, Radford et al. 2019, section
     2.3). Embeddings are as large as they can be while the loss still starts near ln V (see `_embedding_std`).
     """
-    model = Transformer(config, rngs=nnx.Rngs(key))
+    model = Transformer(config, rngs=_rngs(key))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
@@ -192,8 +192,26 @@ def num_params(config: ModelConfig) -> int:
 @functools.lru_cache(maxsize=8)
 def _abstract_model(config: ModelConfig) -> tuple[Any, Any]:
     """Returns the graph definition and the state's shapes: what `_bind` needs to give arrays their modules back."""
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=_rngs(jax.random.key(0))))
     return nnx.split(model)
+
+
+class _Keys:
+    """Gives modules a key for each of their arrays, the same ones as `nnx.Rngs`, of which they ask nothing else.
+
+    Its counter is an array, and JAX takes long to say of a traced one that it is none: for hundreds of layers minutes.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def params(self) -> jax.Array:
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count - 1)
+
+
+def _rngs(key: jax.Array) -> nnx.Rngs:
+    return cast(nnx.Rngs, _Keys(key))
 
 
 def _bind(params: Params, config: ModelConfig) -> "Transformer":
