@@ -51,7 +51,7 @@ def main() -> None:
     from tinystories_jax.evaluation.evaluate import Writing, evaluate_file, evaluate_run
     from tinystories_jax.evaluation.judge import read_judge
     from tinystories_jax.evaluation.results import format_text, write_evaluation, write_json
-    from tinystories_jax.training.checkpoint import restore_params
+    from tinystories_jax.training.restore import restore_params
 
     judge = read_judge(_JUDGE.value, os.environ, run and run / "judge.jsonl")
     if run is None:

@@ -31,7 +31,7 @@ def main() -> None:
     from tinystories_jax.analysis.plan_table import format_plan
 
     plan = make_plan(config, mfu=_MFU.value, measure=_MEASURE.value, log=log_to_stderr)
-    print(json.dumps(dataclasses.asdict(plan), indent=1) if _JSON.value else format_plan(plan))
+    print(json.dumps(dataclasses.asdict(plan), indent=1, allow_nan=False) if _JSON.value else format_plan(plan))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tinystories_jax import cli
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import prepare_data
 from tinystories_jax.lock import sole_trainer
+from tinystories_jax.training.run_folder import require_own_files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; runs/NAME_OF_THE_CONFIG when empty.")
@@ -27,6 +28,7 @@ def main() -> int:
     config = resolve(_CONFIG.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(_WORKDIR.value or f"runs/{name}")
+    require_own_files(workdir)
     # Before anything is written there, and until the report stands.
     with sole_trainer(workdir):
         return _train(config, workdir)
@@ -35,11 +37,12 @@ def main() -> int:
 def _train(config: Config, workdir: Path) -> int:
     data = prepare_data(config)
     # Imported once config and data are known to be sound: JAX takes seconds to start.
-    from tinystories_jax.analysis.doctor import require_health
-    from tinystories_jax.training.checkpoint import has_checkpoint
     from tinystories_jax.training.loop import train
+    from tinystories_jax.training.restore import has_checkpoint
 
     if _DOCTOR.value and not has_checkpoint(workdir):
+        from tinystories_jax.analysis.doctor import require_health
+
         require_health(config, data, workdir)
     result = train(config, data, workdir)
     print(result.summary())

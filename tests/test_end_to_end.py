@@ -160,7 +160,7 @@ def best_update(workdir: Path) -> int:
 def parameter_bytes(workdir: Path, step: str = "latest") -> dict[str, bytes]:
     import jax
 
-    from tinystories_jax.training.checkpoint import restore_params
+    from tinystories_jax.training.restore import restore_params
 
     params, _ = restore_params(workdir, step)
     return {jax.tree_util.keystr(path): leaf.tobytes() for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

@@ -21,7 +21,7 @@ from tinystories_jax.config import Config, resolve
 from tinystories_jax.data.prepare import PreparedData, find_data, prepare_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import memory
-from tinystories_jax.training.checkpoint import checkpoint_bytes, max_checkpoints
+from tinystories_jax.training.retention import checkpoint_bytes, max_checkpoints
 
 ALL = [
     *("tokenizer and cache", "data", "target shift", "causality", "loss at initialisation", "overfit", "accumulation"),

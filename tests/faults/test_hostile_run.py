@@ -13,7 +13,8 @@ from tests.training.small_run import BEFORE, LATEST, Run, are_equal, arrays_of, 
 from tinystories_jax.analysis.compare import compare
 from tinystories_jax.analysis.report import write_report
 from tinystories_jax.errors import UserError
-from tinystories_jax.training.checkpoint import restore_params
+from tinystories_jax.training.restore import restore_params
+from tinystories_jax.training.run_folder import require_own_files
 
 IN_CHECKPOINT = f"checkpoints/{LATEST}"
 FILES = [
@@ -97,6 +98,18 @@ def test_nothing_is_written_through_a_link_in_the_folder_of_a_run(run, tmp_path,
     assert before == {path: path.read_bytes() for path in precious.rglob("*") if path.is_file()} | {
         precious: precious.stat()
     }
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tensorboard", "damaged"])
+def test_a_file_in_the_place_of_a_folder_of_the_run_is_to_be_moved_away(tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError) as caught:
+        require_own_files(tmp_path)
+    assert caught.value.problems == (
+        f"{tmp_path / name}: is no folder, as a run has there; move it away, or give another --workdir",
+        f"{tmp_path}/metrics.jsonl: is no regular file, as a run has there; move it away, or give another --workdir",
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "report.html", "tokenizer/tokenizer.json"])

@@ -21,6 +21,7 @@ from tinystories_jax.training.checkpoint import Checkpoints
 from tinystories_jax.training.environment import recorded_start
 from tinystories_jax.training.loop import TrainResult, _Logs, _meta, _start_or_resume, train
 from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.restore import require_checkpoints, restore_state
 from tinystories_jax.training.steps import TrainState, TrainStep, make_train_step, step_compiler_options
 
 LATEST, BEFORE = 6, 4  # the updates of the two checkpoints of `finished_run`
@@ -99,11 +100,9 @@ def state_of(config: Config, workdir: Path, update: int | None = None) -> list[n
     """Returns the arrays of a checkpoint, the latest one if no update is named, optimizer state included."""
     data = prepare_data(config)
     config = with_schedule(config, data)
-    with Checkpoints(workdir, config) as checkpoints:
-        if update is None:
-            update = checkpoints.latest()
-            assert update is not None
-        return arrays_of(checkpoints.restore(update, _meta(config, data))[0])
+    if update is None:
+        update = require_checkpoints(workdir)[-1]
+    return arrays_of(restore_state(workdir, update, _meta(config, data))[0])
 
 
 def are_equal(some: list[np.ndarray], others: list[np.ndarray]) -> bool:

@@ -13,19 +13,14 @@ import pytest
 from tests.tiny import make_tiny_config
 from tinystories_jax.config import Config
 from tinystories_jax.data.tokenizer import StoryTokenizer, train_bpe
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, explain_refusal
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training.checkpoint import (
-    Checkpoints,
-    checkpoint_bytes,
-    is_due,
-    max_checkpoints,
-    restore_params,
-)
+from tinystories_jax.training.checkpoint import Checkpoints
 from tinystories_jax.training.environment import describe_environment
-from tinystories_jax.training.meta import Evaluation, History, Meta, require_same_run
+from tinystories_jax.training.meta import History, LoggedLoss, Meta, require_same_run
 from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.run_folder import way_out
+from tinystories_jax.training.restore import restore_params, restore_state
+from tinystories_jax.training.retention import checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.steps import TrainState, init_state, make_train_step
 
 
@@ -66,7 +61,7 @@ def save_run(
             for _ in range(config.train.grad_accum_steps):
                 state, _ = step(state, block, jnp.zeros(tokenizer.vocab_size, bool))
             if loss is not None:
-                evaluations.append(Evaluation(update, loss, loss / 2))
+                evaluations.append(LoggedLoss(update, loss, loss / 2))
             history = History(tuple(evaluations), (5.0, 4.0), 1.5 * update)
             checkpoints.save(state, dataclasses.replace(now, update=update, history=history))
             # The next step reuses the state's buffers while the save goes on in the background.
@@ -85,7 +80,7 @@ def kept(workdir) -> list[int]:
 
 def test_a_file_in_the_place_of_the_checkpoints_is_to_be_moved_away(tmp_path, config):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="move away what stands in its place"):
+    with pytest.raises(UserError, match="is no folder, as a run has there; move it away"):
         Checkpoints(tmp_path, config)
 
 
@@ -95,12 +90,15 @@ def test_a_file_in_the_place_of_the_checkpoints_is_to_be_moved_away(tmp_path, co
         (errno.ENOSPC, "make room"),
         (errno.EACCES, "let it be written to"),
         (errno.EISDIR, "move away what stands in its place"),
+        (errno.ENAMETOOLONG, "give another place"),
         (errno.EIO, "mend that"),
     ],
 )
 def test_the_way_out_is_that_of_the_fault(number, advice):
-    assert way_out(OSError(number, os.strerror(number))) == advice
-    assert way_out(ValueError(f"of another library: {os.strerror(number)}")) == advice
+    said = os.strerror(number)
+    assert explain_refusal(OSError(number, said, "/No space left on device")) == (said, advice)
+    long = f"of another library: {'x' * 400} {said}"
+    assert explain_refusal(ValueError(long)) == ((said, advice) if advice != "mend that" else (long[:300], advice))
 
 
 def test_other_stories_are_told_of_where_only_what_follows_from_them_differs(tmp_path, config, tokenizer):
@@ -135,7 +133,7 @@ def test_the_whole_state_comes_back_bit_for_bit(tmp_path, config, tokenizer):
         assert checkpoints.latest() == 2
         fresh = init_state(config, make_optimizer(config))
         for update in (1, 2):
-            state, meta = checkpoints.restore(update, meta_at(0, config, tokenizer))
+            state, meta = restore_state(tmp_path, update, meta_at(0, config, tokenizer))
             assert_trees_equal(saved[update], state)
             assert jax.tree.structure(state) == jax.tree.structure(fresh)
             history = History((), (5.0, 4.0), 1.5 * update)

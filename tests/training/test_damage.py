@@ -28,9 +28,10 @@ from tests.training.small_run import (
 )
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
-from tinystories_jax.training.checkpoint import Checkpoints, restore_params
+from tinystories_jax.training.checkpoint import Checkpoints
 from tinystories_jax.training.environment import describe_environment
 from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.restore import restore_params
 from tinystories_jax.training.steps import init_state
 
 FLIPS = 3  # positions of each file at which one bit is flipped

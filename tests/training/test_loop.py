@@ -18,7 +18,7 @@ from tests.training.small_run import checkpoints_of, make_small_config, shared_p
 from tinystories_jax.config import Config
 from tinystories_jax.errors import UserError
 from tinystories_jax.training import loop
-from tinystories_jax.training.checkpoint import restore_params
+from tinystories_jax.training.restore import restore_params
 from tinystories_jax.training.steps import StepMetrics, TrainState
 
 

@@ -30,8 +30,8 @@ from tinystories_jax.config import Config, with_data, with_unknown_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data, find_vocab_size
 from tinystories_jax.errors import UserError, is_out_of_memory
-from tinystories_jax.training.checkpoint import require_checkpoints
 from tinystories_jax.training.memory import SMALLER
+from tinystories_jax.training.restore import require_checkpoints
 
 _NO_DATA = "no token cache yet: python scripts/prepare.py with the same --config flags builds it"
 _CACHE = "tokenizer and cache"

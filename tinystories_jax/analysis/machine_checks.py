@@ -16,9 +16,10 @@ from tinystories_jax.data.tokenizer import load_tokenizer
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.validation import validate
 from tinystories_jax.training import memory
-from tinystories_jax.training.checkpoint import bytes_to_come, restore_params
 from tinystories_jax.training.flops import PEAK_BF16_FLOPS
 from tinystories_jax.training.jsonl import read_jsonl
+from tinystories_jax.training.restore import restore_params
+from tinystories_jax.training.retention import bytes_to_come
 from tinystories_jax.training.run_folder import require_own_files
 
 _OLDEST_DRIVER = 525  # the first that runs CUDA 12
@@ -91,13 +92,11 @@ def _nearest_folder(workdir: Path) -> Path:
 
 
 def _place_problems(workdir: Path) -> list[str]:
-    place, checkpoints = _nearest_folder(workdir), workdir / "checkpoints"
+    place = _nearest_folder(workdir)
     try:
         require_own_files(workdir)
     except UserError as error:
         return list(error.problems)
-    if checkpoints.exists() and not checkpoints.is_dir():
-        return [f"{checkpoints} is no folder of the run's own; move it away, or give another --workdir"]
     if place.is_dir() and os.access(place, os.W_OK):
         return []
     return [f"{place} is no folder that can be written, so {workdir} cannot be made; give another --workdir"]

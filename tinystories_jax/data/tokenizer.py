@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tinystories_jax.data.folders import parse_json, read_small_file, replace_file
 from tinystories_jax.data.stories import END_OF_STORY
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, explain_refusal
 
 END_OF_STORY_ID = 0
 TOKENIZER_FILE = "tokenizer.json"
@@ -180,7 +180,8 @@ def save_tokenizer(tokenizer: StoryTokenizer, folder: str | Path) -> Path:
     try:
         replace_file(path, tokenizer.json.encode())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space, or choose another folder") from error
+        reason, way_out = explain_refusal(error)
+        raise UserError(f"cannot write {path}: {reason}; {way_out}, or choose another folder") from error
     return path
 
 

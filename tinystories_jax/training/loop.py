@@ -33,7 +33,7 @@ from tinystories_jax.model.attention import uses_flash_attention
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params, num_params
 from tinystories_jax.signals import StopSignals
-from tinystories_jax.training.checkpoint import Checkpoints, checkpoint_bytes, is_due, max_checkpoints
+from tinystories_jax.training.checkpoint import Checkpoints
 from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.jsonl import JsonLines
 from tinystories_jax.training.memory import advise_what_fits
@@ -41,6 +41,7 @@ from tinystories_jax.training.meta import History, Meta, NotFiniteError
 from tinystories_jax.training.meter import Meter
 from tinystories_jax.training.metrics import MetricsLog, ProgressLine
 from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.retention import checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.run_folder import warn_of_damage, write_run
 from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
 

@@ -31,7 +31,7 @@ class NotFiniteError(UserError):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class LoggedLoss:
     """The validation loss in nats per token after `update`, and the same in bits per byte."""
 
     update: int
@@ -46,7 +46,7 @@ class History:
     recent_losses: of the last updates, nats per token. seconds: what the run has taken, over all its processes.
     """
 
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[LoggedLoss, ...] = ()
     recent_losses: tuple[float, ...] = ()
     seconds: float = 0.0
 
@@ -244,7 +244,7 @@ def _read_environment(values: dict[str, Any]) -> Environment:
 def _read_history(values: dict[str, Any]) -> History:
     return History(
         evaluations=tuple(
-            Evaluation(_count(row["update"]), _finite(row["loss"]), _finite(row["bits_per_byte"]))
+            LoggedLoss(_count(row["update"]), _finite(row["loss"]), _finite(row["bits_per_byte"]))
             for row in values["evaluations"]
         ),
         recent_losses=tuple(map(_finite, values["recent_losses"])),

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from tinystories_jax.streams import go_on_unread
 from tinystories_jax.training.jsonl import FileState, JsonLines
-from tinystories_jax.training.meta import Evaluation, History
+from tinystories_jax.training.meta import History, LoggedLoss
 from tinystories_jax.training.run_folder import append, cannot_write, open_unbuffered
 
 # tensorboardX imports PyTorch where it is installed, and does without where it is not: for nothing that is used here,
@@ -63,7 +63,7 @@ class MetricsLog:
         for row in finite:
             if row.get("valid/loss") is not None:
                 update = row["update"]
-                self.evaluations[update] = Evaluation(update, row["valid/loss"], row["valid/bits_per_byte"])
+                self.evaluations[update] = LoggedLoss(update, row["valid/loss"], row["valid/bits_per_byte"])
         if self._board is not None:
             self._board.write(finite)
 

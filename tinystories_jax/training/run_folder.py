@@ -1,6 +1,5 @@
 """The files of a run beside its checkpoints: written whole or not at all; damaged, they are set aside, not deleted."""
 
-import errno
 import json
 import os
 import sys
@@ -10,10 +9,12 @@ from pathlib import Path
 from tinystories_jax.config import Config, contradictions, from_dict, to_dict
 from tinystories_jax.data.folders import read_small_file, replace_file
 from tinystories_jax.data.tokenizer import TOKENIZER_FILE, StoryTokenizer, save_tokenizer
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, explain_refusal
 
 MAX_JSON_BYTES = 2**26  # of config.json, tokenizer.json and environment.json: far more than any that a run writes
-_WRITTEN = ("checkpoints", "damaged", "metrics.jsonl", "samples.jsonl", "tensorboard", "tokenizer")
+_FOLDERS = ("checkpoints", "damaged", "tensorboard", "tokenizer")
+_APPENDED = ("metrics.jsonl", "samples.jsonl")
+_REPLACED = ("config.json", "environment.json")  # whole, and so a link, too
 
 
 def warn(line: str) -> None:
@@ -23,39 +24,29 @@ def warn(line: str) -> None:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     """Returns what a user is told when a file of a run cannot be written, for instance on a full disk."""
+    reason, way_out = explain_refusal(error)
     return UserError(
-        f"{path}: cannot be written ({error.strerror}); the checkpoints, if any, are intact: {way_out(error)} and run "
+        f"{path}: cannot be written ({reason}); the checkpoints, if any, are intact: {way_out} and run "
         "the same command again"
     )
 
 
-_WAYS_OUT = (
-    ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
-    ((errno.EROFS, errno.EACCES, errno.EPERM), "let it be written to"),
-    ((errno.ENOENT,), "put the folder back"),
-    ((errno.EEXIST, errno.EISDIR, errno.ENOTDIR), "move away what stands in its place"),
-)
-
-
-def way_out(error: Exception) -> str:
-    """Returns what the user must do before the same command can go on."""
-    for numbers, advice in _WAYS_OUT:
-        # tensorstore raises other errors, with the system's words in them.
-        if any(os.strerror(number) in str(error) for number in numbers):
-            return advice
-    return "mend that"
-
-
 def require_own_files(workdir: Path) -> None:
-    """Raises `UserError` where what a run writes would land elsewhere, through a link in its folder."""
-    if links := [workdir / name for name in _WRITTEN if (workdir / name).is_symlink()]:
-        raise UserError(
-            [
+    """Raises `UserError` where what a run writes would land elsewhere, through a link in its folder, or where something
+    else stands in its place."""
+    problems = []
+    for name in (*_FOLDERS, *_APPENDED, *_REPLACED):
+        path, is_right = workdir / name, os.path.isdir if name in _FOLDERS else os.path.isfile
+        if path.is_symlink() and name not in _REPLACED:
+            problems.append(
                 f"{path}: is a link, and a run writes into its own folder alone; put a folder or file in its place, or "
                 "give the place where all of the run is to lie as --workdir"
-                for path in links
-            ]
-        )
+            )
+        elif path.exists() and not path.is_symlink() and not is_right(path):
+            kind = "folder" if name in _FOLDERS else "regular file"
+            problems.append(f"{path}: is no {kind}, as a run has there; move it away, or give another --workdir")
+    if problems:
+        raise UserError(problems)
 
 
 def open_unbuffered(path: Path, *, keep_bytes: int) -> FileIO:
