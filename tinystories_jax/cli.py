@@ -49,22 +49,13 @@ def run(
     `main` gets the arguments that are no flags, from `at_least` to `at_most` (None: any number) of what `positional`
     names. What a `main` that `compiles` compiles is kept for the next start; it imports JAX itself.
     """
-    sys.unraisablehook = _end_where_dropped
-    for number in obeyed_signals():
-        signal.signal(number, _stop)
-    _watch_for_signals()
+    _obey_signals()
+    _mend_streams()
     app.define_help_flags()
     keep_freed_memory()
     if compiles:
         # As if the script had defined it, so that --help shows it.
         flags.DEFINE_bool("compile_cache", True, _COMPILE_CACHE_HELP, module_name=sys.argv[0])
-    # Closed by whoever started us, which Python shows as None: what is printed to None as stderr stands on stdout.
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A path may hold bytes that are no text, and a terminal may not know every character of a story.
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments = _parse_flags()
         _check_count(arguments, positional, at_least, at_most)
@@ -81,15 +72,10 @@ def run(
         sys.stderr.close()  # the reader of our output went away, as `| head` does
         code = 0
     except Exception as error:
-        if is_out_of_memory(error):
-            what = "too little memory for what is asked, on this machine or its device"
-            code = _complain([f"{what}; scripts/plan.py says what training takes"])
-        elif isinstance(error, OSError) and error.errno in _MENDABLE:
-            place = error.filename or "a file of this run or standard output"
-            advice = "make room there, or " * (error.errno in _FULL) + "give a place that can be written"
-            code = _complain([f"{place}: {error.strerror}; {advice}"])
-        else:
+        problem = _explain(error)
+        if not problem:
             raise
+        code = _complain([problem])
     finally:
         # All is done. The interpreter takes a second to end, in which a signal would change what the exit code says.
         for number in STOP_SIGNALS:
@@ -97,8 +83,25 @@ def run(
     sys.exit(code)
 
 
+def _mend_streams() -> None:
+    # Closed by whoever started us, which Python shows as None: what is printed to None as stderr stands on stdout.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path may hold bytes that are no text, and a terminal may not know every character of a story.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 class _StoppedError(SystemExit):
     """A signal on its way up, past everything that tidies up behind itself."""
+
+
+def _obey_signals() -> None:
+    sys.unraisablehook = _end_where_dropped
+    for number in obeyed_signals():
+        signal.signal(number, _stop)
+    _watch_for_signals()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -169,6 +172,20 @@ def _check_count(arguments: list[str], positional: str, at_least: int, at_most: 
         raise UserError(f"{positional} is missing: needed {at_least}, given {len(arguments)}; see --help")
     if at_most is not None and len(arguments) > at_most:
         raise UserError(f"argument {arguments[at_most]!r} is one {positional} too many: at most {at_most}; see --help")
+
+
+def _explain(error: Exception) -> str:
+    """Returns what the user can mend, nothing for a bug of ours."""
+    if is_out_of_memory(error):
+        return (
+            "too little memory for what is asked, on this machine or its device; scripts/plan.py says what training "
+            "takes"
+        )
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        place = error.filename or "a file of this run or standard output"
+        advice = "make room there, or " * (error.errno in _FULL) + "give a place that can be written"
+        return f"{place}: {error.strerror}; {advice}"
+    return ""
 
 
 def _describe(error: Exception) -> str:

@@ -337,7 +337,8 @@ def _typed(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
     """Returns `value` as `hint` (int may stand for float, a list for a tuple), or notes a problem."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and isinstance(value, int) and abs(value) >= _MAX_INTEGER:
-        problems.append(f"{name}={_show(value)} must be between -2**53 and 2**53")
+        low, high = _BOUNDS.get(name, (-_MAX_INTEGER, _MAX_INTEGER))
+        problems.append(f"{name}={_show(value)} must lie between {low} and {high}")
         return None
     if hint is float and is_number and math.isfinite(value):
         return float(value)
@@ -379,10 +380,11 @@ def _check_values(seed: int | None, sections: dict[str, dict[str, Any]]) -> list
     """Returns what is wrong with the values that are there; None stands for one whose type is wrong already."""
     problems: list[str] = []
     data, tokenizer, train = sections["data"], sections["tokenizer"], sections["train"]
-    _require_range(problems, "seed", seed, 0, 2**31 - 1)
-    for name, low, high in _RANGES:
-        section, key = name.split(".")
-        _require_range(problems, name, sections[section][key], low, high)
+    for name, (low, high) in _BOUNDS.items():
+        section, _, key = name.rpartition(".")
+        value = sections[section][key] if section else seed
+        if value is not None and not low <= value <= high:
+            problems.append(f"{name}={value} must lie between {low} and {high}")
     _check_choice(problems, "data.source", data["source"], ("hub", "files", "sample"))
     _check_choice(problems, "tokenizer.source", tokenizer["source"], ("stories", "hub", "files"))
     _check_choice(problems, "model.dtype", sections["model"]["dtype"], ("bfloat16", "float32"))
@@ -420,61 +422,57 @@ _MAX_HEADS = 1_024
 _MAX_EPOCHS = 1_000_000
 _MAX_UPDATES = 1_000_000_000  # counted in int32
 MAX_GRAD_ACCUM_STEPS = 65_536
-# (field, lowest, highest), both allowed.
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("data.max_stories", 0, 2**40),
-    ("data.sequence_length", 2, 1_048_576),
-    ("tokenizer.vocab_size", 257, 1_000_000),
-    ("tokenizer.max_samples", 0, 2**40),
-    ("model.d_model", 2, 65_536),
-    ("model.num_layers", 1, 1_000),
-    ("model.num_heads", 1, _MAX_HEADS),
-    ("model.num_kv_heads", 0, _MAX_HEADS),
-    ("model.d_ff", 1, 1_048_576),
-    ("model.rope_theta", 1.0, 1e12),
-    ("model.dropout", 0.0, 0.9),
-    ("train.batch_size", 1, 1_048_576),
-    ("train.grad_accum_steps", 1, MAX_GRAD_ACCUM_STEPS),
-    ("train.num_epochs", 0, _MAX_EPOCHS),
-    ("train.max_updates", 0, _MAX_UPDATES),
-    ("train.article_loss_weight", 1e-3, 1e3),
-    ("optim.learning_rate", 0.0, 10.0),
-    ("optim.min_learning_rate", 0.0, 10.0),
-    ("optim.warmup_updates", 0, 1_000_000_000),
-    ("optim.weight_decay", 0.0, 10.0),
-    ("optim.beta1", 0.0, 0.9999),
-    ("optim.beta2", 0.5, 0.99999),  # below, Adam divides by hardly more than the gradient itself, and diverges
-    ("optim.max_grad_norm", 1e-6, 1e9),
-    ("optim.muon_learning_rate", 0.0, 10.0),
-    ("optim.muon_momentum", 0.0, 0.99999),
-    ("eval.every", 1, 1_000_000_000),
-    ("eval.max_batches", 0, 1_000_000_000),
-    ("eval.early_stopping_patience", 0, 1_000_000_000),
-    ("checkpoint.every", 1, 1_000_000_000),
-    ("checkpoint.keep", 1, 10_000),
-    ("sample.max_new_tokens", 1, 1_048_576),
-    ("sample.temperature", 0.0, 100.0),
-    ("logging.every", 1, 1_000_000_000),
-    ("logging.loss_spike_factor", 0.0, 1e6),
-)
-
-
-def _require_range(problems: list[str], name: str, value: Any, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        problems.append(f"{name}={value} must lie between {low} and {high}")
+# Lowest and highest, both allowed.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "data.max_stories": (0, 2**40),
+    "data.sequence_length": (2, 1_048_576),
+    "tokenizer.vocab_size": (257, 1_000_000),
+    "tokenizer.max_samples": (0, 2**40),
+    "model.d_model": (2, 65_536),
+    "model.num_layers": (1, 1_000),
+    "model.num_heads": (1, _MAX_HEADS),
+    "model.num_kv_heads": (0, _MAX_HEADS),
+    "model.d_ff": (1, 1_048_576),
+    "model.rope_theta": (1.0, 1e12),
+    "model.dropout": (0.0, 0.9),
+    "train.batch_size": (1, 1_048_576),
+    "train.grad_accum_steps": (1, MAX_GRAD_ACCUM_STEPS),
+    "train.num_epochs": (0, _MAX_EPOCHS),
+    "train.max_updates": (0, _MAX_UPDATES),
+    "train.article_loss_weight": (1e-3, 1e3),
+    "optim.learning_rate": (0.0, 10.0),
+    "optim.min_learning_rate": (0.0, 10.0),
+    "optim.warmup_updates": (0, 1_000_000_000),
+    "optim.weight_decay": (0.0, 10.0),
+    "optim.beta1": (0.0, 0.9999),
+    "optim.beta2": (0.5, 0.99999),  # below, Adam divides by hardly more than the gradient itself, and diverges
+    "optim.max_grad_norm": (1e-6, 1e9),
+    "optim.muon_learning_rate": (0.0, 10.0),
+    "optim.muon_momentum": (0.0, 0.99999),
+    "eval.every": (1, 1_000_000_000),
+    "eval.max_batches": (0, 1_000_000_000),
+    "eval.early_stopping_patience": (0, 1_000_000_000),
+    "checkpoint.every": (1, 1_000_000_000),
+    "checkpoint.keep": (1, 10_000),
+    "sample.max_new_tokens": (1, 1_048_576),
+    "sample.temperature": (0.0, 100.0),
+    "logging.every": (1, 1_000_000_000),
+    "logging.loss_spike_factor": (0.0, 1e6),
+}
 
 
 def _check_choice(problems: list[str], name: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value is not None and value not in choices:
-        problems.append(f"{name}={value!r} must be one of {', '.join(choices)}")
+        problems.append(f"{name}={_show(value)} must be one of {', '.join(choices)}")
 
 
 def _check_hub(problems: list[str], section: str, values: dict[str, Any]) -> None:
     if values["hub_name"] is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", values["hub_name"], re.A):
-        problems.append(f"{section}.hub_name={values['hub_name']!r} must read OWNER/NAME")
+        problems.append(f"{section}.hub_name={_show(values['hub_name'])} must read OWNER/NAME")
     if values["hub_revision"] is not None and not re.fullmatch(r"[0-9a-f]{40}", values["hub_revision"]):
         problems.append(
-            f"{section}.hub_revision={values['hub_revision']!r} must be a 40-digit commit, "
+            f"{section}.hub_revision={_show(values['hub_revision'])} must be a 40-digit commit, "
             "so that the data cannot change under a run; the data set's page on the Hub lists its commits"
         )
 

@@ -23,13 +23,14 @@ from tinystories_jax.analysis.benchmark.inputs import num_new_tokens, synthetic_
 from tinystories_jax.analysis.benchmark.roofline import DeviceRates, count_flash_attention_calls
 from tinystories_jax.analysis.benchmark.run import MODES, run_benchmark
 from tinystories_jax.analysis.benchmark.table import format_section
-from tinystories_jax.analysis.benchmark.train import TrainingRun, cheap_rows, find_flash_attention, measure_train
+from tinystories_jax.analysis.benchmark.train import cheap_rows, find_flash_attention, measure_train
 from tinystories_jax.analysis.timing import Spread, spread_of, take_samples, time_repeated
 from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.flops import PEAK_BF16_FLOPS, flops_per_token
+from tinystories_jax.training.memory import compile_step
 
 PEAK = 1e12
 RATES = DeviceRates(spread_of([1e10]), {"float32": spread_of([1e11]), "bfloat16": spread_of([2e11])})
@@ -142,7 +143,7 @@ def test_xla_counts_the_flops_of_the_formula():
     values.data.sequence_length = 64
     values.model.update(d_model=128, num_layers=1, num_heads=4, num_kv_heads=4, d_ff=384)
     config = with_synthetic_data(resolve(values))
-    compiled = TrainingRun(config).compiled
+    compiled = compile_step(config, config.train.batch_size)
     counted = train.count_cost(compiled, config)["flops"]
     by_formula = flops_per_token(config.model, 64) * 64 * config.train.batch_size
     # More than the formula: the blocks on the diagonal of attention, softmax, norms, AdamW.

@@ -136,8 +136,14 @@ def test_runs_of_one_name_that_were_written_otherwise_are_told_of(tmp_path):
     runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", seed=1)]
     for run, temperature in zip(runs, (1.0, None), strict=True):
         write_evaluation(run, articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0), temperature=temperature)
-    told = "run 200 stories at temperature 1; run 200 stories at an unknown temperature."
+    told = "a/run 200 stories at temperature 1; b/run 200 stories at an unknown temperature."
     assert any(told in doubt for doubt in compare(runs).doubts)
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path):
+    folders = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a/x/run", "b/x/run", "b/y/run", "c"))]
+    (side,) = compare(folders).sides
+    assert [run.name for run in side.runs] == ["a/x/run", "b/x/run", "y/run", "c"]
 
 
 def test_scores_at_an_unknown_temperature_do_not_compare(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 
 from tests.tiny import CONFIGS, make_tiny_config, read_tiny_values
 from tinystories_jax.analysis import plan as plan_module
-from tinystories_jax.analysis import step_timing, timing
+from tinystories_jax.analysis import step_timing, timing, training_run
 from tinystories_jax.analysis.plan import (
     ASSUMED_MFU,
     GPUS,
@@ -34,6 +34,7 @@ from tinystories_jax.analysis.plan import (
 )
 from tinystories_jax.analysis.plan_table import format_plan
 from tinystories_jax.analysis.step_timing import Measurement, measure_training
+from tinystories_jax.analysis.training_run import TrainingRun
 from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.data.prepare import prepare_data
@@ -41,10 +42,10 @@ from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, 
 from tinystories_jax.data.tokenizer import save_tokenizer, train_bpe
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import num_params
-from tinystories_jax.training.checkpoint import checkpoint_bytes
 from tinystories_jax.training.flops import PEAK_BF16_FLOPS, flops_per_token
 from tinystories_jax.training.memory import compile_step, read_memory
 from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.retention import checkpoint_bytes
 from tinystories_jax.training.steps import init_state
 
 COUNTED = Corpus(num_tokens=40 * 16 + 1, caches_bytes=None, is_estimate=False, origin="counted", vocab_size=61)
@@ -319,7 +320,7 @@ def compile_once(config: Config, rows: int) -> Any:
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr(step_timing, "compile_step", compile_once)
+    monkeypatch.setattr(training_run, "compile_step", compile_once)
     monkeypatch.setattr(step_timing, "_TIMING_SECONDS", 0.0)
     monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 1e-9)
     monkeypatch.setattr(step_timing, "_FIRST_STEP_FLOPS", 1.0)
@@ -334,16 +335,16 @@ def test_cheap_steps_grow_to_all_rows(hurried):
 
 
 def test_the_first_run_of_a_program_says_nothing_of_a_step(hurried):
-    run, warm = step_timing._Trial.run, []
+    run, warm = TrainingRun.run, []
 
-    def run_slowly_at_first(trial, num_steps):
-        seconds = run(trial, num_steps)
-        if trial.rows in warm:
+    def run_slowly_at_first(training, num_micro_steps):
+        seconds = run(training, num_micro_steps)
+        if training.rows in warm:
             return seconds
-        warm.append(trial.rows)
+        warm.append(training.rows)
         return 1000.0
 
-    hurried.setattr(step_timing._Trial, "run", run_slowly_at_first)
+    hurried.setattr(TrainingRun, "run", run_slowly_at_first)
     found = measure_tiny([])
     assert found.rows == 4
     assert found.micro_step_seconds < 5

@@ -18,9 +18,9 @@ from tinystories_jax.data.cache import cache_bytes, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data, find_vocab_size
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import init_params
-from tinystories_jax.training.checkpoint import max_checkpoints
 from tinystories_jax.training.flops import PEAK_BF16_FLOPS, PEAK_SOURCE, split_flops_per_token
 from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.retention import max_checkpoints
 from tinystories_jax.training.steps import init_state
 
 _LEAST_MFU = 1e-6

@@ -35,11 +35,13 @@ class StoredEvaluation:
 class RunFiles:
     """What stands in `folder`. `problems` says, a line each, what of it is damaged; what is not there yet is none.
 
+    name: that of the folder, after as many of those above it as runs side by side need to be told apart.
     rows: metrics.jsonl. samples: samples.jsonl. starts: environment.json. last_written: when the metrics grew last,
     seconds since 1970, None before.
     """
 
     folder: Path
+    name: str
     config: Config
     tokenizer_sha256: str | None
     rows: list[dict[str, Any]]
@@ -48,10 +50,6 @@ class RunFiles:
     starts: list[dict[str, Any]]
     last_written: float | None
     problems: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.folder.absolute().name
 
     @property
     def schedule(self) -> Schedule:
@@ -117,6 +115,7 @@ def read_run(folder: Path) -> RunFiles:
     metrics, tokenizer = folder / "metrics.jsonl", folder / "tokenizer" / "tokenizer.json"
     return RunFiles(
         folder=folder,
+        name=folder.resolve().name,
         config=config,
         tokenizer_sha256=_hash_tokenizer(tokenizer, problems),
         rows=rows,

@@ -1,5 +1,6 @@
 """Sides of a comparison: runs that differ in nothing but their seed are one side, and show how far seeds vary."""
 
+import dataclasses
 import math
 import string
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def read_sides(folders: Sequence[Path]) -> tuple[Side, ...]:
     if problems:
         raise UserError(problems)
     groups: list[list[RunFiles]] = []
-    for run in runs:
+    for run in _with_distinct_names(runs):
         home = next((group for group in groups if all(_differ_in_seed_alone(run, other) for other in group)), None)
         if home is None:
             groups.append([run])
@@ -56,6 +57,17 @@ def read_sides(folders: Sequence[Path]) -> tuple[Side, ...]:
             home.append(run)
     letters = [*string.ascii_uppercase, *(f"S{index}" for index in range(len(string.ascii_uppercase), len(groups)))]
     return tuple(Side(letter, tuple(group)) for letter, group in zip(letters, groups, strict=False))
+
+
+def _with_distinct_names(runs: Sequence[RunFiles]) -> list[RunFiles]:
+    """Returns the runs, named by as much of the ends of their paths as tells each from all others."""
+    paths = [run.folder.resolve().parts for run in runs]
+    named = []
+    for run, path in zip(runs, paths, strict=True):
+        others = [other for other in paths if other != path]
+        num_parts = next(n for n in range(1, len(path) + 1) if path[-n:] not in [other[-n:] for other in others])
+        named.append(dataclasses.replace(run, name="/".join(path[-num_parts:])))
+    return named
 
 
 def _differ_in_seed_alone(first: RunFiles, second: RunFiles) -> bool:

@@ -1,6 +1,5 @@
 """What the real `train_step` takes on this device: memory by XLA's own analysis, and time by the clock."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,19 +7,14 @@ import jax
 import numpy as np
 
 from tinystories_jax.analysis.timing import time_repeated
+from tinystories_jax.analysis.training_run import TrainingRun
 from tinystories_jax.config import Config
-from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError, is_out_of_memory
-from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.training.flops import flops_per_token, model_flops_utilization
 from tinystories_jax.training.memory import (
     StepMemory,
-    compile_step,
     device_memory_bytes,
-    read_memory,
 )
-from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.steps import TrainState, init_state
 
 # The first micro-batch that is tried: seconds on two CPU cores; an accelerator gets any usual one whole.
 _FIRST_STEP_FLOPS, _FIRST_STEP_FLOPS_ON_CPU = 3e13, 3e11
@@ -47,20 +41,20 @@ def measure_training(config: Config, tokens: np.ndarray, log: Callable[[str], No
 
     `tokens` are what blocks are cut from. Raises `UserError` when not even one row fits into the memory.
     """
-    trial = _Trial(config, tokens)
+    run = TrainingRun(config, tokens)
     try:
-        step_seconds = _choose_rows(trial, config, log)
+        step_seconds = _choose_rows(run, log)
         log(f"timing it: {step_seconds:.3g} s a step")
-        micro_step_seconds = time_repeated(trial.run, seconds=_TIMING_SECONDS, at_most=_MAX_SAMPLES)
+        micro_step_seconds = time_repeated(run.run, seconds=_TIMING_SECONDS, at_most=_MAX_SAMPLES)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise UserError("out of memory although it should fit: something else uses this device, too") from error
-    speed = trial.rows * config.data.sequence_length / micro_step_seconds.median
+    speed = run.rows * config.data.sequence_length / micro_step_seconds.median
     return Measurement(
-        rows=trial.rows,
-        memory=trial.memory,
-        compile_seconds=trial.compile_seconds,
+        rows=run.rows,
+        memory=run.memory,
+        compile_seconds=run.compile_seconds,
         num_samples=micro_step_seconds.num_samples,
         micro_step_seconds=micro_step_seconds.median,
         tokens_per_second=speed,
@@ -68,16 +62,17 @@ def measure_training(config: Config, tokens: np.ndarray, log: Callable[[str], No
     )
 
 
-def _choose_rows(trial: "_Trial", config: Config, log: Callable[[str], None]) -> float:
-    """Compiles `trial` for more rows while that is cheap, for fewer while they do not fit; returns seconds per step."""
+def _choose_rows(run: TrainingRun, log: Callable[[str], None]) -> float:
+    """Compiles the step for more rows while that is cheap, for fewer while they do not fit; returns its seconds."""
+    config = run.config
     ceiling, limit = config.train.batch_size, memory_limit_bytes()
     flops_per_row = flops_per_token(config.model, config.data.sequence_length) * config.data.sequence_length
     first_step_flops = _FIRST_STEP_FLOPS_ON_CPU if jax.default_backend() == "cpu" else _FIRST_STEP_FLOPS
     rows = max(1, min(ceiling, int(first_step_flops / flops_per_row)))
     while True:
         log(f"compiling a micro-step of {rows:,} of {config.train.batch_size:,} rows")
-        trial.compile(rows)
-        needed, temporaries = trial.memory.total_bytes, trial.memory.temporaries_bytes
+        run.compile(rows)
+        needed, temporaries = run.memory.total_bytes, run.memory.temporaries_bytes
         # Rather too few: what part of the temporaries does not grow with the rows is taken for one that does.
         fitting = int(rows * min((limit - needed + temporaries) / temporaries, ceiling))
         if needed > limit:
@@ -86,8 +81,8 @@ def _choose_rows(trial: "_Trial", config: Config, log: Callable[[str], None]) ->
             ceiling = rows - 1
             rows = max(1, min(ceiling, fitting))
             continue
-        trial.run(1)  # the first run of a program takes longer
-        step_seconds = trial.run(1)
+        run.warm_up()
+        step_seconds = run.run(1)
         cheap = min(ceiling, fitting, int(rows * _STEP_SECONDS / step_seconds))
         # Another compilation must be worth its time.
         if cheap < 2 * rows and not rows < cheap == ceiling:
@@ -100,32 +95,3 @@ def memory_limit_bytes() -> float:
     if jax.default_backend() == "cpu":
         return min(_CPU_MEMORY_BYTES, device_memory_bytes() / 2)
     return device_memory_bytes()
-
-
-class _Trial:
-    """The training state, and the step for `rows` rows that was compiled last."""
-
-    def __init__(self, config: Config, tokens: np.ndarray):
-        self._config, self._tokens = config, tokens
-        self._article_mask_V = article_mask((), config.model.vocab_size)
-        self._state: TrainState | None = None
-        self._micro_step = 0
-
-    def compile(self, rows: int) -> None:
-        """Notes the step's memory and the seconds it took; nothing is allocated yet."""
-        began = time.perf_counter()
-        self._compiled = compile_step(self._config, rows)
-        self.compile_seconds = time.perf_counter() - began
-        self.rows, self.memory = rows, read_memory(self._compiled)
-
-    def run(self, num_steps: int) -> float:
-        """Returns the seconds that `num_steps` micro-steps took, their blocks read and sent as training does."""
-        state = self._state or init_state(self._config, make_optimizer(self._config))
-        jax.block_until_ready(state)
-        began = time.perf_counter()
-        for _ in range(num_steps):
-            block = micro_batch_at(self._tokens, self._config, self._micro_step, num_rows=self.rows)
-            state, _ = self._compiled(state, jax.device_put(block), self._article_mask_V)
-            self._micro_step += 1
-        self._state = jax.block_until_ready(state)
-        return time.perf_counter() - began

@@ -42,7 +42,7 @@ from tinystories_jax.streams import go_on_unread
 
 _TRAINER_VERSION = 1  # raise it when train_bpe gives another vocabulary for the same stories
 _META_FILE = "meta.json"
-_IS_CONFIG_FLAG = re.compile(r"--?config\b")
+_IS_CONFIG_FLAG = re.compile(r"--?(?:no)?config\b")
 _MAX_META_BYTES = 64 * 2**20  # it names the files of stories, as a cache's manifest does
 _HASHES_PER_CHUNK = 1_000_000
 

@@ -76,7 +76,7 @@ def _prepare(sentence: str) -> str:
 
 def _has_parse(sentence: str) -> bool:
     library, dictionary, options = _load_parser()
-    handle = library.sentence_create(sentence.encode(), dictionary)
+    handle = library.sentence_create(sentence.encode(errors="replace"), dictionary)
     if not handle:
         return False
     num_parses = library.sentence_parse(handle, options)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinystories_jax.analysis.benchmark.decode import time_positions
 from tinystories_jax.analysis.benchmark.inputs import with_rows, with_synthetic_data
-from tinystories_jax.analysis.benchmark.train import TrainingRun
+from tinystories_jax.analysis.benchmark.train import start_training
 from tinystories_jax.analysis.timing import spread_of
 from tinystories_jax.config import Config
 from tinystories_jax.training.flops import flops_per_token
@@ -40,12 +40,12 @@ def _measure_axis(
     """
     # Half of one layer is one layer: each shape once.
     points = list(dict.fromkeys(with_synthetic_data(grow(config, factor)) for factor in factors))
-    runs = [TrainingRun(point) for point in points]
-    per_sample = [math.ceil(_SAMPLE_SECONDS / run.run(1)) for run in runs]
+    runs = [start_training(point) for point in points]
+    per_sample = [math.ceil(_SAMPLE_SECONDS / run.run_updates(1)) for run in runs]
     samples: list[list[float]] = [[] for _ in runs]
     for _ in range(max(rounds, _MIN_ROUNDS)):
         for run, count, taken in zip(runs, per_sample, samples, strict=True):
-            taken.append(run.run(count) / count)
+            taken.append(run.run_updates(count) / count)
     flops = [
         flops_per_token(point.model, point.data.sequence_length) * point.train.batch_size * point.data.sequence_length
         for point in points

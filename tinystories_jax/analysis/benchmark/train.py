@@ -1,6 +1,5 @@
 """The very `train_step` of training, timed in the config's own shapes."""
 
-import time
 from typing import Any
 
 import jax
@@ -10,17 +9,14 @@ from tinystories_jax.analysis.benchmark.child import peak_resident_bytes
 from tinystories_jax.analysis.benchmark.inputs import synthetic_tokens, with_rows
 from tinystories_jax.analysis.benchmark.roofline import count_flash_attention_calls, measure_rates, roofline
 from tinystories_jax.analysis.timing import time_repeated
+from tinystories_jax.analysis.training_run import TrainingRun
 from tinystories_jax.config import Config
-from tinystories_jax.data.cache import micro_batch_at
 from tinystories_jax.errors import UserError, is_out_of_memory
-from tinystories_jax.evaluation.validation import article_mask
 from tinystories_jax.model.attention import uses_flash_attention
 from tinystories_jax.model.loss import next_token_loss, num_chunks
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.flops import flops_per_token, model_flops_utilization, split_flops_per_token
-from tinystories_jax.training.memory import compile_step, read_memory
-from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.steps import init_state
+from tinystories_jax.training.memory import StepMemory
 
 
 def cheap_rows(config: Config, max_flops: float) -> int:
@@ -32,47 +28,12 @@ def cheap_rows(config: Config, max_flops: float) -> int:
     return rows
 
 
-class TrainingRun:
-    """The state of a run on made-up tokens, and its `train_step` compiled for train.batch_size rows and warmed up.
-
-    `compiled` is that program, `compile_seconds` what tracing and compiling it took.
-    """
-
-    def __init__(self, config: Config):
-        self.config = config
-        self._tokens = synthetic_tokens(config)
-        self._article_mask_V = article_mask((), config.model.vocab_size)
-        self._micro_step = 0
-        began = time.perf_counter()
-        self.compiled = compile_step(config, config.train.batch_size)
-        self.compile_seconds = time.perf_counter() - began
-        self._state = jax.block_until_ready(init_state(config, make_optimizer(config)))
-        self._waited_seconds = self._ran_seconds = 0.0
-        self.run(1)
-        # Warmed up: from here on it counts.
-        self._waited_seconds = self._ran_seconds = 0.0
-
-    def run(self, num_updates: int) -> float:
-        """Returns the seconds of that many updates, until the device has finished the last."""
-        began = time.perf_counter()
-        for _ in range(num_updates * self.config.train.grad_accum_steps):
-            self._state, _ = self.compiled(self._state, self._next_block(), self._article_mask_V)
-        jax.block_until_ready(self._state)
-        took = time.perf_counter() - began
-        self._ran_seconds += took
-        return took
-
-    def data_wait_fraction(self) -> float:
-        """Returns the share of the time in which the host cut blocks and began to send them."""
-        return self._waited_seconds / self._ran_seconds
-
-    def _next_block(self) -> jax.Array:
-        began = time.perf_counter()
-        block = micro_batch_at(self._tokens, self.config, self._micro_step)
-        self._micro_step += 1
-        on_device = jax.device_put(block)
-        self._waited_seconds += time.perf_counter() - began
-        return on_device
+def start_training(config: Config) -> TrainingRun:
+    """Returns a run of `config` on synthetic tokens, compiled and warmed up."""
+    run = TrainingRun(config, synthetic_tokens(config))
+    run.compile(config.train.batch_size)
+    run.warm_up(config.train.grad_accum_steps)
+    return run
 
 
 def measure_train(config: Config, rows: int, seconds: float, trace: str = "") -> dict[str, Any]:
@@ -82,8 +43,8 @@ def measure_train(config: Config, rows: int, seconds: float, trace: str = "") ->
     """
     config = with_rows(config, rows)
     try:
-        run = TrainingRun(config)
-        update_seconds = time_repeated(run.run, seconds=seconds)
+        run = start_training(config)
+        update_seconds = time_repeated(run.run_updates, seconds=seconds)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -91,12 +52,12 @@ def measure_train(config: Config, rows: int, seconds: float, trace: str = "") ->
             f"out of memory with train.batch_size={rows}; try --config.train.batch_size={max(1, rows // 2)}"
         ) from error
     # Before the rates are measured, which take memory of their own.
-    peak_memory = _peak_memory(run.compiled)
+    peak_memory = _peak_memory(run.memory)
     rates = measure_rates()
     data_wait_fraction = run.data_wait_fraction()
     if trace:
         with jax.profiler.trace(trace):
-            run.run(1)
+            run.run_updates(1)
     length, device = config.data.sequence_length, jax.devices()[0]
     token_flops = flops_per_token(config.model, length)
     micro_step_seconds = update_seconds.scaled(1 / config.train.grad_accum_steps)
@@ -132,14 +93,14 @@ def measure_train(config: Config, rows: int, seconds: float, trace: str = "") ->
 
 def time_training(config: Config, rows: int, seconds: float) -> dict[str, Any]:
     """Returns what is compared with a peer: seconds of compiling, and the median of tokens per second."""
-    run = TrainingRun(with_rows(config, rows))
-    update_seconds = time_repeated(run.run, seconds=seconds, at_least=1)
+    run = start_training(with_rows(config, rows))
+    update_seconds = time_repeated(run.run_updates, seconds=seconds, at_least=1)
     tokens = rows * config.data.sequence_length * config.train.grad_accum_steps
     return {
         "dtype": config.model.dtype,
         "compile_seconds": run.compile_seconds,
         "tokens_per_second": tokens / update_seconds.median,
-        **_peak_memory(run.compiled),
+        **_peak_memory(run.memory),
     }
 
 
@@ -188,10 +149,10 @@ def describe_flops(config: Config) -> str:
     )
 
 
-def _peak_memory(compiled: Any) -> dict[str, int | None]:
+def _peak_memory(memory: StepMemory) -> dict[str, int | None]:
     """Returns bytes: what XLA plans for a step, the most the device's allocator gave, the most this process held."""
     return {
-        "planned_bytes": read_memory(compiled).total_bytes,
+        "planned_bytes": memory.total_bytes,
         "device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "process_bytes": peak_resident_bytes(),
     }
