@@ -14,11 +14,13 @@ WORKDIR ?= runs/quickstart
 SETUP := $(VENV)/.setup-$(basename $(notdir $(REQUIREMENTS)))
 
 setup: $(SETUP)
+	@echo "activate the environment with: . $(BIN)/activate"
 
 $(SETUP): $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v[0]}.{v[1]} is too old; install 3.11 or newer, or run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	@echo "installing the packages of $(REQUIREMENTS), which takes minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	@rm -f $(VENV)/.setup-requirements*
 	@touch $@
 
@@ -29,6 +31,7 @@ $(VENV)/.setup-dev: $(SETUP) requirements-dev.txt
 quickstart: $(SETUP)
 	$(BIN)/python scripts/train.py --config configs/quickstart.py --workdir $(WORKDIR)
 	$(BIN)/python scripts/sample.py --checkpoint $(WORKDIR) --num_samples 3 --temperature 0.8
+	@echo "before commands of your own: . $(BIN)/activate"
 
 test: $(VENV)/.setup-dev
 	@# Two at a time: more would take several gigabytes each, and disturb those that look at the clock.

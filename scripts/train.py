@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from tinystories_jax import cli
 from tinystories_jax.config import Config, resolve
-from tinystories_jax.data.prepare import prepare_data
+from tinystories_jax.data.prepare import log_to_stderr, prepare_data
 from tinystories_jax.lock import sole_trainer
 from tinystories_jax.training.run_folder import require_own_files
 
@@ -31,6 +31,11 @@ def main() -> int:
     require_own_files(workdir)
     # Before anything is written there, and until the report stands.
     with sole_trainer(workdir):
+        if (workdir / "checkpoints").exists():
+            # Before hours of preparing data. JAX is imported, which a new run need not wait for.
+            from tinystories_jax.training.restore import require_same_config
+
+            require_same_config(workdir, config)
         return _train(config, workdir)
 
 
@@ -40,10 +45,12 @@ def _train(config: Config, workdir: Path) -> int:
     from tinystories_jax.training.loop import train
     from tinystories_jax.training.restore import has_checkpoint
 
-    if _DOCTOR.value and not has_checkpoint(workdir):
-        from tinystories_jax.analysis.doctor import require_health
+    if not has_checkpoint(workdir):
+        log_to_stderr(data.report)
+        if _DOCTOR.value:
+            from tinystories_jax.analysis.doctor import require_health
 
-        require_health(config, data, workdir)
+            require_health(config, data, workdir)
     result = train(config, data, workdir)
     print(result.summary())
     # A rerun that had nothing to do leaves the run as it was.

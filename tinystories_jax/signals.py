@@ -40,4 +40,5 @@ class StopSignals:
             os._exit(130)
         self.signal = number
         with contextlib.suppress(OSError):  # nobody reads it any longer
-            os.write(2, b"\nfinishing this update and saving; a second Ctrl-C exits at once\n")
+            again = b"a second Ctrl-C" if number == signal.SIGINT else b"Ctrl-C"
+            os.write(2, b"\nfinishing this update and saving; " + again + b" exits at once\n")

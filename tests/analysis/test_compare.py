@@ -146,6 +146,12 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     assert [run.name for run in side.runs] == ["a/x/run", "b/x/run", "y/run", "c"]
 
 
+def test_a_score_that_some_runs_of_a_side_lack_says_how_many_have_it(tmp_path):
+    runs = make_pairs(tmp_path, [2.0, 2.01], [1.0], optim__weight_decay=0.0)
+    write_evaluation(runs[0], articles=(0.9, 0.8, 1.0), grammar=(8.0, 7.0, 9.0))
+    assert cells(compare(runs), "grammar of 10, evaluate.py") == ("8.00 (95 %: 7.00 to 9.00, 1 of 2 runs)", "–")
+
+
 def test_scores_at_an_unknown_temperature_do_not_compare(tmp_path):
     runs = make_pairs(tmp_path, [2.0], [1.0], optim__weight_decay=0.0)
     for run, temperature in zip(runs, (1.0, None), strict=True):
@@ -167,6 +173,7 @@ def test_no_difference_is_said_to_be_none(tmp_path):
     assert judged(comparison, BITS).said == NO_DIFFERENCE
     assert comparison.conclusion.startswith("No difference found")
     assert NO_DIFFERENCE in to_text(comparison)
+    assert comparison.conclusion.endswith("a third seed shows smaller ones.")
 
 
 def test_one_seed_per_side_says_nothing(tmp_path):
@@ -240,7 +247,7 @@ def test_scores_that_nobody_measured_are_no_scores(tmp_path, key, value):
     comparison = compare([run, make_run(tmp_path / "other", seed=1)])
     assert "run: evaluation.json: cannot be read as scores" in " ".join(comparison.doubts)
     assert "grammar of 10, evaluate.py" not in [row.name for row in comparison.rows]
-    assert comparison.conclusion.endswith("Read it with the doubts beside it.")
+    assert comparison.conclusion.endswith("Mind the doubts listed with it.")
 
 
 def test_scores_of_another_checkpoint_than_the_best_are_doubtful(tmp_path):

@@ -146,9 +146,9 @@ def test_a_loss_by_another_vocabulary_decides_nothing():
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
-        ({"num_stories": 49}, "decided by 50 stories or more, not by 49"),
-        ({"words_per_story": 49.0}, "decided by stories of 50 words or more, not of 49"),
-        ({"words_per_story": math.nan}, "decided by stories of 50 words or more, not of nan"),
+        ({"num_stories": 49}, "too few stories: 49, a verdict takes 50"),
+        ({"words_per_story": 49.0}, "too short stories: 49 words, a verdict takes 50"),
+        ({"words_per_story": math.nan}, "too short stories: nan words, a verdict takes 50"),
     ],
 )
 def test_too_little_text_decides_nothing(figures, said):
@@ -178,13 +178,13 @@ def test_what_decides_stands_beside_the_verdict():
     unknown = dataclasses.replace(measure(grammar=math.nan), loss=None, loss_on="no cache; give --data FILE")
     assert [item.figure for item in list_criteria(unknown)][::2] == [
         "no cache; give --data FILE",
-        f"not measured; 0.01020 met before, {format_figure(real_scores().distinct_1)} distinct",
+        f"not measured; 0.01020 repeated, {format_figure(real_scores().distinct_1)} distinct",
     ]
 
 
 def test_each_figure_stands_beside_that_of_real_stories():
     rows = {score.name: score for score in list_scores(measure(repetition=0.5, repetition_interval=Interval(0.4, 0.6)))}
-    repetition = rows["4-grams met before in the story"]
+    repetition = rows["repeated 4-grams, within a story"]
     assert (repetition.value, repetition.interval) == (0.5, (0.4, 0.6))
     assert (repetition.real, repetition.real_interval) == (real_scores().repetition, real_scores().repetition_interval)
     assert rows["loss"].value == 1.9
@@ -423,7 +423,7 @@ def test_a_run_whose_caches_are_gone_is_scored_by_its_stories_and_judged(run, pl
         assert len(server.requests) == 3
     for result in outputs:
         assert result.returncode == 0, result.stderr
-        assert "unknown  validation loss < 2.0: no validation cache in" in result.stdout
+        assert "unknown  validation loss < 2.0: its validation cache is not in /" in result.stdout
         assert "give --data FILE" in result.stdout
         assert "copies: not looked for, no training cache in" in result.stdout
         assert "judge: 3 stories judged, 0 not; ages guessed: 6-7: 3" in result.stdout

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import make_tiny_config
-from tinystories_jax.config import Config
+from tinystories_jax.config import Config, EvalConfig
 from tinystories_jax.data.tokenizer import StoryTokenizer, train_bpe
 from tinystories_jax.errors import UserError, explain_refusal
 from tinystories_jax.model.transformer import num_params
@@ -19,7 +19,7 @@ from tinystories_jax.training.checkpoint import Checkpoints
 from tinystories_jax.training.environment import describe_environment
 from tinystories_jax.training.meta import History, LoggedLoss, Meta, require_same_run
 from tinystories_jax.training.optim import make_optimizer
-from tinystories_jax.training.restore import restore_params, restore_state
+from tinystories_jax.training.restore import require_same_config, restore_params, restore_state
 from tinystories_jax.training.retention import checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.steps import TrainState, init_state, make_train_step
 
@@ -114,6 +114,26 @@ def test_other_stories_are_told_of_where_only_what_follows_from_them_differs(tmp
     seeded = dataclasses.replace(now, config=dataclasses.replace(longer, seed=7), train_fingerprint="0" * 64)
     with pytest.raises(UserError, match="seed: the run has 0, requested 7"):
         require_same_run(saved, seeded, tmp_path)
+
+
+def test_another_run_is_refused_before_its_data_are_prepared(tmp_path, config, tokenizer):
+    require_same_config(tmp_path, config)  # nothing is there
+    save_run(tmp_path, config, tokenizer, {1: None, 2: None})
+    unprepared = dataclasses.replace(
+        config,
+        schedule=None,
+        model=dataclasses.replace(config.model, vocab_size=0),
+        eval=EvalConfig(7, config.eval.max_batches, 0),
+    )
+    require_same_config(tmp_path, unprepared)
+    other = dataclasses.replace(unprepared, seed=5, train=dataclasses.replace(config.train, max_updates=9_999))
+    (tmp_path / "checkpoints" / "2" / "meta" / "metadata").write_text("damaged")
+    with pytest.raises(UserError) as caught:
+        require_same_config(tmp_path, other)
+    assert caught.value.problems[1:] == (
+        "  seed: the run has 0, requested 5",
+        f"  train.max_updates: the run has {config.train.max_updates}, requested 9999",
+    )
 
 
 @pytest.mark.parametrize(("num_epochs", "kept_epochs"), [(0, 0), (1, 1), (20, 20), (21, 10), (400, 20), (11_719, 19)])

@@ -15,6 +15,7 @@ NOT_COMPARABLE = "not comparable: the tokenizers differ"
 OTHER_TEMPERATURES = "not comparable: written at other temperatures"
 NO_DIFFERENCE = "no difference found"
 _NONE = "–"
+_FEWEST_SEEDS = 2  # a side, that say anything of the noise
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Comparison:
     @property
     def conclusion(self) -> str:
         """Returns the result in a few sentences."""
-        return self._result + " Read it with the doubts beside it." * bool(self.doubts)
+        return self._result + " Mind the doubts listed with it." * bool(self.doubts)
 
     @property
     def _result(self) -> str:
@@ -75,7 +76,9 @@ class Comparison:
                 + of_seeds * (len(over_seeds) < len(tested))
             )
         if tested:
-            return f"{NO_DIFFERENCE.capitalize()}: none of {len(tested)} is larger than the noise."
+            few = min(len(side.runs) for side in self.sides) == _FEWEST_SEEDS
+            more = f" With {_FEWEST_SEEDS} seeds a side only large differences are; a third seed shows smaller ones."
+            return f"{NO_DIFFERENCE.capitalize()}: none of {len(tested)} is larger than the noise." + more * few
         return (
             "No noise estimate, so nothing is said of any difference: give runs with another seed for each side, or "
             "score the runs with scripts/evaluate.py, whose figures have intervals."
@@ -114,17 +117,19 @@ def _intervals(measure: Measure, side: Side) -> list[Interval]:
 
 
 def _cell(measure: Measure, side: Side) -> str:
-    """Returns the figure, with the interval of a single run, or the mean of several with their range."""
+    """Returns the figure, with the interval of a single run, or the mean of several with their range, and how many runs
+    have one where not all do."""
     values, intervals = _values(measure, side), _intervals(measure, side)
     if not values:
         return _NONE
+    some = f", {len(values)} of {len(side.runs)} runs" * (len(values) < len(side.runs))
     written = [measure.write(value) for value in sorted(values)]
     if len(set(written)) > 1:
-        return f"{measure.write(mean(values))} ({written[0]} to {written[-1]})"
+        return f"{measure.write(mean(values))} ({written[0]} to {written[-1]}{some})"
     if len(values) == len(intervals) == 1:
         low, high = intervals[0]
-        return f"{written[0]} (95 %: {measure.write(low)} to {measure.write(high)})"
-    return written[0]
+        return f"{written[0]} (95 %: {measure.write(low)} to {measure.write(high)}{some})"
+    return written[0] + some
 
 
 def _judge(measure: Measure, first: Side, second: Side) -> Judgement | None:

@@ -31,7 +31,7 @@ from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData, find_data, find_vocab_size
 from tinystories_jax.errors import UserError, is_out_of_memory
 from tinystories_jax.training.memory import SMALLER
-from tinystories_jax.training.restore import require_checkpoints
+from tinystories_jax.training.restore import require_checkpoints, require_same_config
 
 _NO_DATA = "no token cache yet: python scripts/prepare.py with the same --config flags builds it"
 _CACHE = "tokenizer and cache"
@@ -114,7 +114,7 @@ def run_checks(
     planned = _plan_model_checks(config, data, why_no_data)
     planned.append(_Planned("machine", lambda: check_machine(config, workdir, measure_memory=not fast)))
     if not fast:
-        planned.append(_plan_checkpoint(data, checkpoint, why_no_data))
+        planned.append(_plan_checkpoint(config, data, checkpoint, why_no_data))
     yield from _make(planned, failed)
 
 
@@ -152,10 +152,15 @@ def _plan_data_checks(config: Config, found: PreparedData | UserError | None) ->
     ]
 
 
-def _plan_checkpoint(data: PreparedData | None, checkpoint: Path | None, why_no_data: str) -> _Planned:
+def _plan_checkpoint(config: Config, data: PreparedData | None, checkpoint: Path | None, why_no_data: str) -> _Planned:
     if checkpoint is None:
         return _Planned("checkpoint", lambda: skip("checkpoint", "none given; --checkpoint=RUN checks one"))
-    return _Planned("checkpoint", lambda: check_checkpoint(data, checkpoint, why_no_data))
+
+    def check() -> Check:
+        require_same_config(checkpoint, config)
+        return check_checkpoint(data, checkpoint, why_no_data)
+
+    return _Planned("checkpoint", check)
 
 
 def _make(planned: list[_Planned], failed: set[str]) -> Iterator[Check]:

@@ -119,7 +119,7 @@ def _gpu_lines(plan: Plan) -> list[str]:
         *lines,
         f"MFU {plan.mfu:.1%}: {plan.mfu_origin}.",
         f"Peaks: {plan.peak_source} (SXM).",
-        "These are peaks in bf16, of which model.dtype=float32 reaches a small part.",
+        "Peaks are of bf16, of which a config with model.dtype=float32 reaches a small part.",
         "Times are those of training steps alone: no evaluation, samples, checkpoints or data preparation.",
         f"Cost at 5 epochs{instead}, {unit}: {listed}",
     ]

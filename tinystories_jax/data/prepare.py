@@ -91,9 +91,7 @@ def prepare_data(
         )
         for source, identity in zip(sources, identities, strict=True)
     )
-    data = _gather(tokenizer, train, valid)
-    log(data.report)
-    return data
+    return _gather(tokenizer, train, valid)
 
 
 def find_data(config: Config) -> PreparedData | None:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,7 +144,10 @@ def _measure_loss(
             log(f"measuring the loss on {files}: {cache.manifest.num_tokens:,} tokens")
             return validate(params, cache, whole, tokenizer.article_forms), files
     if valid is None:
-        return None, f"no validation cache in data.cache_dir={config.data.cache_dir}; give --data FILE"
+        return None, (
+            f"its validation cache is not in {Path(config.data.cache_dir).absolute()}; run this where the run was "
+            "trained, or give --data FILE"
+        )
     log(f"measuring the loss on the run's validation split: {valid.manifest.num_tokens:,} tokens")
     of_training = f" (training: eval.max_batches={config.eval.max_batches})" if config.eval.max_batches else ""
     return validate(params, valid, whole, tokenizer.article_forms), f"the run's validation split{of_training}"

@@ -33,12 +33,12 @@ _TEXT_ROWS = (
     ("articles where one is needed", "share", "articles"),
     ("articles per 100 words", "articles", "articles_per_100_words"),
     ("articles, actual to expected", "ratio", "articles_actual_to_expected"),
-    ("articles where none belongs", "share of them", "articles_unlikely"),
-    ("4-grams met before in the story", "share", "repetition"),
-    ("distinct words of 20,000", "share", "distinct_1"),
+    ("articles where none belongs", "share of all", "articles_unlikely"),
+    ("repeated 4-grams, within a story", "share", "repetition"),
+    ("distinct words of the first 20,000", "share", "distinct_1"),
     ("distinct pairs of words, likewise", "share", "distinct_2"),
     ("words per story", "words", "words_per_story"),
-    ("stories ended by their author", "share", "finished"),
+    ("stories with an end token", "share", "finished"),
 )
 
 
@@ -127,12 +127,12 @@ def _grammar_criterion(measured: Measured) -> Criterion:
     distinct = DISTINCT_AT_LEAST * real_scores().distinct_1
     varied = text.repetition <= REPETITION_AT_MOST and text.distinct_1 >= distinct
     return Criterion(
-        f"grammar at least {GRAMMAR_AT_LEAST:g} of 10, with at most {REPETITION_AT_MOST:g} of the 4-grams met before "
+        f"grammar at least {GRAMMAR_AT_LEAST:g} of 10, with at most {REPETITION_AT_MOST:g} of the 4-grams repeated "
         f"and at least {format_figure(distinct)} of the words distinct",
         _decide(
             measured, (text.grammar, text.repetition, text.distinct_1), text.grammar >= GRAMMAR_AT_LEAST and varied
         ),
-        f"{_with_interval(text.grammar, text.grammar_interval)}; {format_figure(text.repetition)} met before, "
+        f"{_with_interval(text.grammar, text.grammar_interval)}; {format_figure(text.repetition)} repeated, "
         f"{format_figure(text.distinct_1)} distinct" + _doubt(measured),
     )
 
@@ -143,9 +143,9 @@ def _decide(measured: Measured, figures: tuple[float, ...], passed: bool) -> boo
 
 def _too_little(text: TextScores) -> str:
     if text.num_stories < STORIES_AT_LEAST:
-        return f"decided by {STORIES_AT_LEAST} stories or more, not by {text.num_stories}"
+        return f"too few stories: {text.num_stories}, a verdict takes {STORIES_AT_LEAST}"
     if not text.words_per_story >= WORDS_PER_STORY_AT_LEAST:
-        return f"decided by stories of {WORDS_PER_STORY_AT_LEAST} words or more, not of {text.words_per_story:.0f}"
+        return f"too short stories: {text.words_per_story:.0f} words, a verdict takes {WORDS_PER_STORY_AT_LEAST}"
     return ""
 
 
@@ -172,8 +172,8 @@ def _loss_rows(loss: ValidationScores | None) -> Iterator[Score]:
     for name, scores in _article_targets(loss).items():
         where = "at articles" if name == "all" else f'at "{name}"'
         yield Score(f"loss {where}", "nats per token", scores.loss)
-        yield Score(f"probability {where}", "mean of the right", scores.probability)
-        yield Score(f"recall {where}", "share at 1", scores.recall)
+        yield Score(f"probability {where}", "mean, of the right token", scores.probability)
+        yield Score(f"recall {where}", "share, top 1", scores.recall)
 
 
 def _article_targets(loss: ValidationScores) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from tinystories_jax.training.run_folder import warn_of_damage, write_run
 from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
 
 _STORIES_PER_PROMPT = 4  # at each evaluation: enough to see articles appear, little enough to hold nothing up
+_FEW_WORDS = 500  # some three real stories
 _NON_FINITE_ADVICE = (
     "In a new --workdir try a lower --config.optim.learning_rate, a longer --config.optim.warmup_updates, "
     "or --config.model.dtype=float32"
@@ -319,7 +320,9 @@ def _sample(params: Params, tokenizer: StoryTokenizer, config: Config, logs: _Lo
         check_grammar=checks_grammar,
     )
     row["samples/articles"] = scores.articles
-    said = f"{len(stories)} stories: {_known(scores.articles, '.0%')} of the articles needed"
+    few = ", too few to judge by" * (scores.num_words < _FEW_WORDS)
+    said = f"{len(stories)} stories, {scores.num_words:,} words in whole sentences{few}: "
+    said += f"{_known(scores.articles, '.0%')} of the articles needed"
     if checks_grammar:
         row["samples/grammar"] = scores.grammar
         said += f", grammar {_known(scores.grammar, '.1f')} of 10"

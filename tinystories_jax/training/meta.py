@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,12 +189,17 @@ def require_same_run(saved: Meta, now: Meta, workdir: Path) -> None:
     other_stories = _other_stories(saved, now, workdir)
     # What follows from the data cannot be given; which data they were can.
     if differing and not (other_stories and all(map(follows_from_the_data, differing))):
-        raise UserError(
-            [f"{workdir} holds another run; give another --workdir, or the run's own values:"]
-            + [f"  {line}" for line in differing]
-        )
+        raise another_run(workdir, differing)
     if other_stories:
         raise UserError(other_stories)
+
+
+def another_run(workdir: Path, differing: Sequence[str]) -> UserError:
+    """Returns what a user is told where the config would not continue the run in `workdir`."""
+    return UserError(
+        [f"{workdir} holds another run; give another --workdir, or the run's own values:"]
+        + [f"  {line}" for line in differing]
+    )
 
 
 def _other_stories(saved: Meta, now: Meta, workdir: Path) -> str:

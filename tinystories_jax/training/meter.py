@@ -120,10 +120,8 @@ class Meter:
             f"lr {row['train/learning_rate']:.2e}",
         ]
         if "train/tokens_per_second" in row:
-            mfu = row["train/mfu"]
-            parts += [
-                f"{row['train/tokens_per_second']:,.0f} tok/s",
-                "mfu unknown device" if mfu is None else f"mfu {mfu:.1%}",
-                f"data {row['train/data_wait_fraction']:.1%}",
-            ]
+            parts.append(f"{row['train/tokens_per_second']:,.0f} tok/s")
+            if row["train/mfu"] is not None:  # of a device whose peak is known
+                parts.append(f"mfu {row['train/mfu']:.1%}")
+            parts.append(f"data wait {row['train/data_wait_fraction']:.1%}")
         return "  ".join(parts)

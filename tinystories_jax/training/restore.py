@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tinystories_jax.config import Config, contradictions, follows_from_the_data, with_unknown_data
 from tinystories_jax.errors import UserError
 from tinystories_jax.model.transformer import Params, init_params
 from tinystories_jax.training.memory import device_memory_bytes
@@ -21,6 +22,7 @@ from tinystories_jax.training.meta import (
     Leaves,
     Meta,
     NotFiniteError,
+    another_run,
     describe_leaves,
     read_meta,
     require_same_run,
@@ -57,6 +59,20 @@ def require_checkpoints(run: Path) -> list[int]:
     if not updates:
         raise UserError(f"{run}: no finished checkpoint yet; let train.py reach its first one")
     return updates
+
+
+def require_same_config(workdir: Path, config: Config) -> None:
+    """Raises `UserError` where `config`, as resolved and before its data are prepared, would not continue the run in
+    `workdir`. What follows from the data is left out, and so are damaged checkpoints: training sees both."""
+    for update in reversed(finished_updates(workdir / "checkpoints")):
+        try:
+            saved, _ = read_meta(workdir / "checkpoints" / str(update))
+        except DamagedCheckpointError:
+            continue
+        found = contradictions(saved.config, with_unknown_data(config, vocab_size=saved.config.model.vocab_size))
+        if differing := [line for line in found if not follows_from_the_data(line)]:
+            raise another_run(workdir, differing)
+        return
 
 
 def restore_params(run: Path, step: str = "best") -> tuple[Params, Meta]:
@@ -118,8 +134,9 @@ def _choose(folder: Path, updates: list[int], step: str) -> int:
     assert meta.config.schedule is not None
     ends, number = meta.config.schedule.epoch_ends, int(epoch[1])
     if not 1 <= number <= len(ends) or ends[number - 1] not in updates:
-        epochs = ", ".join(str(index) for index, end in enumerate(ends, start=1) if end in updates) or "none"
-        raise UserError(f"--step={step}: no checkpoint of that epoch; kept are epochs {epochs}, and updates {kept}")
+        epochs = ", ".join(str(index) for index, end in enumerate(ends, start=1) if end in updates)
+        told = f"kept are epochs {epochs}, and updates" if epochs else "kept is no end of an epoch, but updates"
+        raise UserError(f"--step={step}: no checkpoint of that epoch; {told} {kept}")
     return ends[number - 1]
 
 
