@@ -41,16 +41,16 @@ def main() -> int:
 
 def _train(config: Config, workdir: Path) -> int:
     data = prepare_data(config)
+    if not (workdir / "checkpoints").exists():
+        log_to_stderr(data.report)
     # Imported once config and data are known to be sound: JAX takes seconds to start.
     from tinystories_jax.training.loop import train
     from tinystories_jax.training.restore import has_checkpoint
 
-    if not has_checkpoint(workdir):
-        log_to_stderr(data.report)
-        if _DOCTOR.value:
-            from tinystories_jax.analysis.doctor import require_health
+    if _DOCTOR.value and not has_checkpoint(workdir):
+        from tinystories_jax.analysis.doctor import require_health
 
-            require_health(config, data, workdir)
+        require_health(config, data, workdir)
     result = train(config, data, workdir)
     print(result.summary())
     # A rerun that had nothing to do leaves the run as it was.
