@@ -421,6 +421,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_end(finished, place, tmp_pa
     assert code == 143, stderr
     assert "stopped by SIGTERM and saved; the same command goes on from here" in stdout
     assert "Traceback" not in stderr
+    assert "stories shared by train and validation: " in stderr
     (stopped_at,) = checkpoints_of(workdir)
     assert stopped_at < last
     assert f"Stopped at update {stopped_at} of {last}, on " in (workdir / "report.html").read_text()
@@ -430,6 +431,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_end(finished, place, tmp_pa
     assert code == 130, stderr
     assert "stopped by SIGINT and saved" in stdout
     assert f"resumed   after update {stopped_at}\n" in stderr
+    assert "stories shared by" not in stderr
     assert stopped_at < max(checkpoints_of(workdir)) < last
     # An epoch ends after this, within an update.
     assert max(checkpoints_of(workdir)) < schedule_of(workdir)["epoch_ends"][-1]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.training.small_run import Run, finished_run
+from tinystories_jax.analysis import doctor
 from tinystories_jax.analysis.check import Outcome
 from tinystories_jax.analysis.machine_checks import _OLDEST_DRIVER, _device_problems, check_checkpoint
 from tinystories_jax.data.prepare import PreparedData, prepare_data
@@ -117,6 +118,15 @@ def other(sound, tmp_path_factory) -> PreparedData:
     stories.write_text("\n<|endoftext|>\n".join(f"A dog dug up {n} old bones." for n in range(60)))
     files = dataclasses.replace(sound.config.data, train_files=str(stories), valid_files=str(stories))
     return prepare_data(dataclasses.replace(sound.config, data=files))
+
+
+def test_the_checkpoint_of_another_config_is_found_without_data(sound, workdir):
+    planned = doctor._plan_checkpoint(sound.config, None, workdir, "no token cache yet")
+    assert [check.outcome for check in doctor._make([planned], set())] == [Outcome.SKIP]
+    planned = doctor._plan_checkpoint(dataclasses.replace(sound.config, seed=5), None, workdir, "no token cache yet")
+    (check,) = doctor._make([planned], set())
+    assert check.outcome == Outcome.FAIL
+    assert f"seed: the run has {sound.config.seed}, requested 5" in check.note
 
 
 def test_another_tokenizer_in_the_run_is_found(sound, workdir, other):

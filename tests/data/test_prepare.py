@@ -184,6 +184,18 @@ def test_nobody_has_to_read_what_preparing_says(tmp_path):
     assert len(list((tmp_path / "cache" / "tokens").glob("*/manifest.json"))) == 2
 
 
+def test_the_script_shows_the_report_also_where_all_is_there(tmp_path):
+    command = [sys.executable, "scripts/prepare.py", "--config=configs/quickstart.py"]
+    flags = [f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.data.max_stories=50"]
+    flags += ["--config.tokenizer.vocab_size=300"]
+    for said in ("train: wrote", "train: reusing"):
+        result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+        assert said in result.stderr
+        assert "stories kept" in result.stderr
+        assert "stories shared by train and validation: " in result.stderr
+        assert result.stdout.startswith("tokenizer   300 tokens")
+
+
 def test_rebuild_replaces_everything_with_the_same(place):
     before = place.prepare()
     (before.train.folder / "tokens.bin").write_bytes(b"damaged")

@@ -199,7 +199,8 @@ def _abstract_model(config: ModelConfig) -> tuple[Any, Any]:
 class _Keys:
     """Gives modules a key for each of their arrays, the same ones as `nnx.Rngs`, of which they ask nothing else.
 
-    Its counter is an array, and JAX takes long to say of a traced one that it is none: for hundreds of layers minutes.
+    Flax counts in an array and asks for its sharding at each key. A traced array has none, and JAX goes through all
+    that has been traced to say why: quadratic time, minutes for hundreds of layers.
     """
 
     def __init__(self, key: jax.Array):
