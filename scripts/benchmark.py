@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from tinystories_jax import cli
 from tinystories_jax.config import resolve
-from tinystories_jax.data.prepare import log_to_stderr
+from tinystories_jax.streams import log_to_stderr
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",

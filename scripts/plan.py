@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from tinystories_jax import cli
 from tinystories_jax.config import resolve
-from tinystories_jax.data.prepare import log_to_stderr
+from tinystories_jax.streams import log_to_stderr
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object with all figures.")

@@ -8,7 +8,8 @@ from ml_collections import config_flags
 
 from tinystories_jax import cli
 from tinystories_jax.config import resolve
-from tinystories_jax.data.prepare import log_to_stderr, prepare_data
+from tinystories_jax.data.prepare import prepare_data
+from tinystories_jax.streams import log_to_stderr
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)
 _REBUILD = flags.DEFINE_bool("rebuild", False, "Build again what is there already, for instance a damaged cache.")

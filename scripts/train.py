@@ -14,8 +14,9 @@ from ml_collections import config_flags
 
 from tinystories_jax import cli
 from tinystories_jax.config import Config, resolve
-from tinystories_jax.data.prepare import log_to_stderr, prepare_data
+from tinystories_jax.data.prepare import prepare_data
 from tinystories_jax.lock import sole_trainer
+from tinystories_jax.streams import log_to_stderr
 from tinystories_jax.training.run_folder import require_own_files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/top10k.py.", lock_config=True)

@@ -107,7 +107,7 @@ def file_flags(tmp_path: Path, train: Path, valid: Path | None = None) -> list[s
         ("MemoryError()", "too little memory"),
         ("RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')", "too little memory"),
         ("OSError(12, 'Cannot allocate memory')", "too little memory"),
-        ("OSError(5, 'Input/output error', 'train.txt')", "train.txt: Input/output error; give a place"),
+        ("OSError(5, 'Input/output error', 'train.txt')", "train.txt: Input/output error; mend that, or give"),
     ],
 )
 def test_what_the_machine_cannot_do_is_one_line(error, said):
@@ -213,9 +213,7 @@ def test_a_full_place_for_standard_output_is_named():
             command, cwd=ROOT, env=script_environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
         )
     assert result.returncode == 2
-    assert result.stderr.endswith(
-        "standard output: No space left on device; make room there, or give a place that can be written\n"
-    )
+    assert result.stderr.endswith("standard output: No space left on device; make room, or give another place\n")
 
 
 @pytest.mark.parametrize(

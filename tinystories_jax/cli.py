@@ -1,6 +1,5 @@
 """Runs a script's main function with the exit codes all scripts share: 0, 2 for the user, 128 + N for signal N."""
 
-import errno
 import io
 import os
 import re
@@ -19,7 +18,7 @@ from absl import app, flags
 
 from tinystories_jax.allocator import keep_freed_memory
 from tinystories_jax.compiled import keep_no_programs, keep_programs
-from tinystories_jax.errors import UserError, is_out_of_memory
+from tinystories_jax.errors import UserError, explain_refusal, is_out_of_memory, is_refusal
 from tinystories_jax.signals import STOP_SIGNALS, obeyed_signals
 
 _USER_EXIT = 2
@@ -29,11 +28,6 @@ _FOREIGN = ("site-packages", "dist-packages", "<frozen importlib")
 _COMPILE_CACHE_HELP = (
     "Keep compiled programs for the next start: in JAX_COMPILATION_CACHE_DIR, or below XDG_CACHE_HOME or ~/.cache."
 )
-# What a full, read-only, missing, occupied or broken place on a disk says; anything else is a bug of ours.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-_MISSING = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
-_MENDABLE = _FULL | _CLOSED | _MISSING | {errno.EIO, errno.ESTALE}
 
 
 def run(
@@ -181,10 +175,10 @@ def _explain(error: Exception) -> str:
             "too little memory for what is asked, on this machine or its device; scripts/plan.py says what training "
             "takes"
         )
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        place = error.filename or "a file of this run or standard output"
-        advice = "make room there, or " * (error.errno in _FULL) + "give a place that can be written"
-        return f"{place}: {error.strerror}; {advice}"
+    if is_refusal(error):
+        place = getattr(error, "filename", None) or "a file of this run or standard output"
+        reason, way_out = explain_refusal(error)
+        return f"{place}: {reason}; {way_out}, or give another place"
     return ""
 
 

@@ -9,7 +9,9 @@ _WAYS_OUT = (
     ((errno.EROFS, errno.EACCES, errno.EPERM), "let it be written to"),
     ((errno.ENOENT,), "put the folder back"),
     ((errno.EEXIST, errno.EISDIR, errno.ENOTDIR), "move away what stands in its place"),
-    ((errno.ELOOP, errno.ENAMETOOLONG), "give another place"),
+    ((errno.ELOOP,), "take a path without that loop"),
+    ((errno.ENAMETOOLONG,), "take a shorter path"),
+    ((errno.EIO, errno.ESTALE), "mend that"),
 )
 
 
@@ -22,6 +24,11 @@ class UserError(ValueError):
     def __init__(self, problems: str | Sequence[str]):
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+def is_refusal(error: Exception) -> bool:
+    """Returns whether a place on a disk is full, closed, missing, occupied or broken."""
+    return isinstance(error, OSError) and any(error.errno in numbers for numbers, _ in _WAYS_OUT)
 
 
 def explain_refusal(error: Exception) -> tuple[str, str]:

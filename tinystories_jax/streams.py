@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import sys
 from collections.abc import Iterator
 
 
@@ -27,3 +28,9 @@ def let_go_of_lost_streams() -> None:
         for descriptor, _ in lost:
             os.dup2(nothing, descriptor)
         os.close(nothing)
+
+
+def log_to_stderr(line: str) -> None:
+    """Writes one line at once, clear of stdout, which belongs to results; nobody has to read it."""
+    with go_on_unread():
+        print(line, file=sys.stderr, flush=True)

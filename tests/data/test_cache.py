@@ -337,7 +337,7 @@ def test_full_disk_is_told_and_leaves_nothing(tmp_path, source, tokenizer):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        with pytest.raises(UserError, match=r"cannot write .*one: File too large; free space") as caught:
+        with pytest.raises(UserError, match=r"cannot write .*one: File too large; make room") as caught:
             write_cache(source, tokenizer, tmp_path / "caches" / "one", identity=IDENTITY)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

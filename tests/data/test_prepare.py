@@ -14,16 +14,11 @@ import pytest
 
 from tinystories_jax.config import Config, resolve
 from tinystories_jax.data import cache as cache_module
-from tinystories_jax.data.prepare import (
-    PreparedData,
-    count_shared_stories,
-    find_data,
-    prepare_data,
-    prepare_tokenizer,
-    rebuild_command,
-)
+from tinystories_jax.data.folders import rebuild_command
+from tinystories_jax.data.prepare import PreparedData, count_shared_stories, find_data, prepare_data
 from tinystories_jax.data.stories import END_OF_STORY
 from tinystories_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+from tinystories_jax.data.tokenizer_store import prepare_tokenizer
 from tinystories_jax.errors import UserError
 from tinystories_jax.lock import locked
 

@@ -9,7 +9,9 @@ import pytest
 
 from tests.faults.place import make_config, prepare, write_stories
 from tinystories_jax.config import Config
-from tinystories_jax.data.prepare import PreparedData, source_identity, train_source
+from tinystories_jax.data.prepare import PreparedData
+from tinystories_jax.data.sources import train_source
+from tinystories_jax.data.stories import source_identity
 from tinystories_jax.errors import UserError
 
 FILES = {

@@ -90,15 +90,21 @@ def test_a_file_in_the_place_of_the_checkpoints_is_to_be_moved_away(tmp_path, co
         (errno.ENOSPC, "make room"),
         (errno.EACCES, "let it be written to"),
         (errno.EISDIR, "move away what stands in its place"),
-        (errno.ENAMETOOLONG, "give another place"),
+        (errno.ENAMETOOLONG, "take a shorter path"),
         (errno.EIO, "mend that"),
     ],
 )
 def test_the_way_out_is_that_of_the_fault(number, advice):
     said = os.strerror(number)
     assert explain_refusal(OSError(number, said, "/No space left on device")) == (said, advice)
-    long = f"of another library: {'x' * 400} {said}"
-    assert explain_refusal(ValueError(long)) == ((said, advice) if advice != "mend that" else (long[:300], advice))
+    assert explain_refusal(ValueError(f"of another library: {'x' * 400} {said}")) == (said, advice)
+
+
+def test_a_fault_that_nobody_foresaw_is_told_in_its_own_words():
+    said = os.strerror(errno.EXDEV)
+    assert explain_refusal(OSError(errno.EXDEV, said)) == (said, "mend that")
+    long = f"of another library: {'x' * 400}"
+    assert explain_refusal(ValueError(long)) == (long[:300], "mend that")
 
 
 def test_other_stories_are_told_of_where_only_what_follows_from_them_differs(tmp_path, config, tokenizer):

@@ -9,13 +9,8 @@ import xxhash
 from tinystories_jax.analysis.check import Check, pass_or_fail
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import TokenCache, batch_at, load_hashes, num_blocks
-from tinystories_jax.data.prepare import (
-    PreparedData,
-    count_shared_stories,
-    expected_fingerprints,
-    train_source,
-    valid_source,
-)
+from tinystories_jax.data.prepare import PreparedData, count_shared_stories, expected_fingerprints
+from tinystories_jax.data.sources import train_source, valid_source
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID
 

@@ -3,16 +3,21 @@
 import errno
 import json
 import os
+import re
 import secrets
+import shlex
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tinystories_jax.errors import UserError
+from tinystories_jax.errors import UserError, explain_refusal
 from tinystories_jax.lock import locked
+
+_IS_CONFIG_FLAG = re.compile(r"--?(?:no)?config\b")
 
 
 def is_built(folder: Path) -> bool:
@@ -71,9 +76,10 @@ def explain_disk(folder: Path) -> Iterator[None]:
             raise
         # A folder for temporary files may lie elsewhere.
         elsewhere = error.filename if folder.parent not in Path(error.filename or folder).parents else None
+        reason, way_out = explain_refusal(error)
         raise UserError(
-            f"cannot write {elsewhere or folder}: {error.strerror}; free space or mend the permissions there, "
-            "or choose another place with --config.data.cache_dir=FOLDER"
+            f"cannot write {elsewhere or folder}: {reason}; {way_out}, or choose another place with "
+            "--config.data.cache_dir=FOLDER"
         ) from error
 
 
@@ -150,3 +156,14 @@ def parse_json(content: bytes | str, where: str) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error})") from error
+
+
+def rebuild_command() -> str:
+    """Returns the command that builds again what this process's command line asks for."""
+    flags = [
+        argument
+        for before, argument in zip(["", *sys.argv], sys.argv, strict=False)
+        if _IS_CONFIG_FLAG.match(argument)
+        or (_IS_CONFIG_FLAG.match(before) and "=" not in before and not argument.startswith("-"))
+    ]
+    return shlex.join(["python", "scripts/prepare.py", *(flags or ["--config", "CONFIG"]), "--rebuild"])

@@ -17,7 +17,7 @@ import numpy as np
 from tinystories_jax.config import Config
 from tinystories_jax.data.cache import TokenCache
 from tinystories_jax.data.files import END_OF_STORY, iter_files
-from tinystories_jax.data.prepare import find_cache, log_to_stderr
+from tinystories_jax.data.prepare import find_cache
 from tinystories_jax.data.tokenizer import END_OF_STORY_ID, StoryTokenizer
 from tinystories_jax.errors import UserError
 from tinystories_jax.evaluation.articles import NEEDED
@@ -32,6 +32,7 @@ from tinystories_jax.evaluation.scorecard import Measured, list_criteria, list_f
 from tinystories_jax.evaluation.validation import ValidationScores, cache_of_files, validate
 from tinystories_jax.model.generate import Sampling
 from tinystories_jax.model.transformer import Params
+from tinystories_jax.streams import log_to_stderr
 
 _PROMPTS = importlib.resources.files("tinystories_jax.evaluation") / "prompts.json"
 _COMPARABLE_WORDS = 20_000  # that distinct words are counted in

@@ -29,8 +29,8 @@ from tinystories_jax.data.cache import (
     write_cache,
 )
 from tinystories_jax.data.files import END_OF_STORY
-from tinystories_jax.data.prepare import train_source
 from tinystories_jax.data.sample import iter_sample
+from tinystories_jax.data.sources import train_source
 from tinystories_jax.data.stories import SeenStories, StoryReport, StorySource, iter_stories, source_identity
 from tinystories_jax.data.tokenizer import batch_stories, load_tokenizer, save_tokenizer, train_bpe
 from tinystories_jax.errors import UserError
