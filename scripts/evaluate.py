@@ -26,7 +26,7 @@ _DATA = flags.DEFINE_string("data", "", "File to measure the loss on, instead of
 _TEMPERATURE = flags.DEFINE_float(
     "temperature",
     1.0,
-    "Of sampling; 1 is the model's own distribution, 0 is greedy: 44 stories, too few for a verdict.",
+    "Of sampling: 1 is the model's own distribution; 0, greedy, gives 44 stories, one a prompt, too few for a verdict.",
 )
 _SEED = flags.DEFINE_integer(
     "seed", 0, "The same seed gives the same stories on machines of one kind.", lower_bound=0, upper_bound=2**31 - 1
@@ -71,8 +71,9 @@ def main() -> None:
         )
     # Written before it is shown: what a terminal cannot show is not lost.
     if run is not None:
+        instead = ", in place of an earlier score" * (run / "evaluation.json").exists()
         write_evaluation(evaluation, run)
-        print(f"wrote {run / 'evaluation.json'}, and beside it .md and the stories", file=sys.stderr)
+        print(f"wrote {run / 'evaluation.json'}, and beside it .md and the stories{instead}", file=sys.stderr)
     if _JSON.value:
         write_json(evaluation, Path(_JSON.value))
     print(format_text(evaluation))

@@ -14,7 +14,7 @@ from tinystories_jax import cli
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run (train.py's --workdir).", required=True)
 _STEP = flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, epoch:N, or an update number.")
 _PROMPT = flags.DEFINE_multi_string(
-    "prompt", ["Once upon a time there was"], "Beginning of a story, which may be empty; may be repeated."
+    "prompt", ["Once upon a time there was"], "Beginning of a story, which may be empty."
 )
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Stories for each prompt.", lower_bound=1, upper_bound=10_000)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(

@@ -1,6 +1,5 @@
 """A comparison as a terminal's table, as compare.md and as the page compare.html."""
 
-import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -10,6 +9,7 @@ from tinystories_jax.analysis.compare_measures import training_flops_per_token
 from tinystories_jax.analysis.page import figure, figures, header, paragraph, section, story, table, write_page
 from tinystories_jax.analysis.plots import NUM_SERIES, Axis, Curve, draw
 from tinystories_jax.analysis.run_files import RunFiles
+from tinystories_jax.tables import columns, markdown_table, markdown_text
 
 _NOTE = (
     "Several runs on a side: their mean, and their range in brackets. Bytes seen are the tokens at the validation "
@@ -27,27 +27,29 @@ def to_text(comparison: Comparison) -> str:
     """Returns the comparison for a terminal, without the stories."""
     letters = [side.letter for side in comparison.sides]
     lines = [f"{letter}  {names}{f': {differs}' * bool(differs)}" for letter, names, differs in comparison.legend]
-    lines += ["", *_columns([["", *letters], *([row.name, *row.cells] for row in comparison.rows)], flush_right=True)]
+    lines += ["", *columns([["", *letters], *([row.name, *row.cells] for row in comparison.rows)], flush_right=True)]
     if comparison.judgements:
-        lines += ["", *_columns([list(_VERDICT_HEAD), *(list(row) for row in _verdict_rows(comparison))])]
+        lines += ["", *columns([list(_VERDICT_HEAD), *(list(row) for row in _verdict_rows(comparison))])]
     return "\n".join([*lines, "", *comparison.doubts, comparison.conclusion])
 
 
 def to_markdown(comparison: Comparison) -> str:
     """Returns the comparison as a page of Markdown."""
     letters = [side.letter for side in comparison.sides]
-    parts = ["# Comparison", _plain(comparison.conclusion)]
+    parts = ["# Comparison", markdown_text(comparison.conclusion)]
     if comparison.doubts:
-        parts.append("\n".join(f"- {_plain(doubt)}" for doubt in comparison.doubts))
-    parts.append(_markdown_table(("side", "runs", f"differs from {letters[0]} in"), comparison.legend))
-    figures_table = _markdown_table(("", *letters), [(row.name, *row.cells) for row in comparison.rows], right=True)
+        parts.append("\n".join(f"- {markdown_text(doubt)}" for doubt in comparison.doubts))
+    parts.append(markdown_table(("side", "runs", f"differs from {letters[0]} in"), comparison.legend))
+    figures_table = markdown_table(
+        ("", *letters), [(row.name, *row.cells) for row in comparison.rows], flush_right=True
+    )
     parts += ["## Figures", figures_table, _NOTE]
     if comparison.judgements:
-        parts += ["## Differences", _markdown_table(_VERDICT_HEAD, _verdict_rows(comparison)), _JUDGED]
+        parts += ["## Differences", markdown_table(_VERDICT_HEAD, _verdict_rows(comparison)), _JUDGED]
     for prompt, stories in comparison.stories:
-        parts.append(f"## Stories: {_plain(prompt)}")
+        parts.append(f"## Stories: {markdown_text(prompt)}")
         for letter, text in zip(letters, stories, strict=True):
-            quoted = "\n>\n> ".join(_plain(line) for line in text.split("\n"))
+            quoted = "\n>\n> ".join(markdown_text(line) for line in text.split("\n"))
             parts.append(f"**{letter}**\n\n> {quoted}")
     return "\n\n".join(parts) + "\n"
 
@@ -130,29 +132,3 @@ def _show_stories(comparison: Comparison, letters: Sequence[str]) -> str:
         parts.append(f'<div class="abreast">{told}</div>')
     note = "At the last evaluation of each side's first run, unedited, the articles underlined."
     return section("Stories", *parts, note=note)
-
-
-def _columns(rows: Sequence[Sequence[str]], *, flush_right: bool = False) -> list[str]:
-    """Returns lines with the cells aligned, the first column flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        first, *rest = (
-            cell.rjust(width) if flush_right and index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *rest]).rstrip())
-    return lines
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
-    rule = ["---", *("---:" if right else "---" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(map(_plain, row)) + " |" for row in [head, *rows]).replace(
-        "\n", f"\n| {' | '.join(rule)} |\n", 1
-    )
-
-
-def _plain(text: str) -> str:
-    """Returns Markdown that shows `text` as it is."""
-    escaped = re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", text)
-    return re.sub(r"^(\s*)(\d*)([-+.)=])(?=[-=\s]|$)", r"\1\2\\\3", escaped)

@@ -75,7 +75,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """Marks from 1 to 10, and one of the `AGE_GROUPS`."""
 
     grammar: float
@@ -168,19 +168,19 @@ def judge_stories(stories: Sequence[tuple[str, str]], judge: Judge) -> JudgeScor
     replies cannot be read stays unjudged.
     """
     keys = [_key(judge.model, prompt, text) for prompt, text in stories]
-    verdicts = _read_cache(judge.cache)
-    wanted = {key: story for key, story in zip(keys, stories, strict=True) if key not in verdicts}
+    judgements = _read_cache(judge.cache)
+    wanted = {key: story for key, story in zip(keys, stories, strict=True) if key not in judgements}
     problem, refused = None, False
     try:
-        for key, verdict in _ask_all(judge, wanted):
-            if verdict is not None:
-                verdicts[key] = verdict
-                _append(judge.cache, {"key": key, "model": judge.model, **asdict(verdict)})
+        for key, judgement in _ask_all(judge, wanted):
+            if judgement is not None:
+                judgements[key] = judgement
+                _append(judge.cache, {"key": key, "model": judge.model, **asdict(judgement)})
     except _NoAnswerError as error:
         problem, refused = str(error), isinstance(error, _RefusalError)
-    judged = [verdicts[key] for key in keys if key in verdicts]
-    columns = {mark: np.array([getattr(verdict, mark) for verdict in judged], np.float64) for mark in MARKS}
-    groups = Counter(verdict.age_group for verdict in judged)
+    judged = [judgements[key] for key in keys if key in judgements]
+    columns = {mark: np.array([getattr(judgement, mark) for judgement in judged], np.float64) for mark in MARKS}
+    groups = Counter(judgement.age_group for judgement in judged)
     return JudgeScores(
         model=judge.model,
         num_judged=len(judged),
@@ -193,10 +193,10 @@ def judge_stories(stories: Sequence[tuple[str, str]], judge: Judge) -> JudgeScor
     )
 
 
-def _ask_all(judge: Judge, wanted: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, Verdict | None]]:
-    """Yields keys and verdicts as they come; raises the first thing that makes asking the others pointless."""
+def _ask_all(judge: Judge, wanted: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, Judgement | None]]:
+    """Yields keys and judgements as they come; raises the first thing that makes asking the others pointless."""
     stop, todo = threading.Event(), iter(wanted.items())
-    running: dict[Future[Verdict | None], str] = {}
+    running: dict[Future[Judgement | None], str] = {}
     failure: _NoAnswerError | None = None
     try:
         while True:
@@ -207,20 +207,20 @@ def _ask_all(judge: Judge, wanted: Mapping[str, tuple[str, str]]) -> Iterator[tu
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 key = running.pop(future)
                 try:
-                    verdict = future.result()
+                    judgement = future.result()
                 except _NoAnswerError as error:
                     failure, todo = failure or error, iter(())
                     stop.set()
                 else:
-                    yield key, verdict
+                    yield key, judgement
     finally:
         stop.set()  # also when the user interrupts
     if failure:
         raise failure
 
 
-def _ask(judge: Judge, prompt: str, text: str, stop: threading.Event) -> Verdict | None:
-    """Returns the verdict on one story; None when no reply could be read, or when `stop` came first."""
+def _ask(judge: Judge, prompt: str, text: str, stop: threading.Event) -> Judgement | None:
+    """Returns the judgement on one story; None when no reply could be read, or when `stop` came first."""
     messages = [
         {"role": "system", "content": RUBRIC},
         {"role": "user", "content": f"{prompt}***{text[len(prompt) :]}"},
@@ -229,8 +229,8 @@ def _ask(judge: Judge, prompt: str, text: str, stop: threading.Event) -> Verdict
     for _ in range(_MOST_REPLIES):
         if stop.is_set():
             return None
-        if verdict := _parse(_post(judge, body, stop)):
-            return verdict
+        if judgement := _parse(_post(judge, body, stop)):
+            return judgement
     return None
 
 
@@ -289,18 +289,18 @@ def _retry_after(value: str) -> float | None:
     return None
 
 
-def _parse(reply: bytes) -> Verdict | None:
-    """Returns the verdict in a reply, the last JSON object of what the model said; None when it is not one."""
+def _parse(reply: bytes) -> Judgement | None:
+    """Returns the judgement in a reply, the last JSON object of what the model said; None when it is not one."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
         values = json.loads(re.findall(r"\{[^{}]*\}", content)[-1])
-        return _verdict(values)
+        return _judgement(values)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
-def _verdict(values: Mapping[str, Any]) -> Verdict:
-    """Returns the verdict in the fields of a JSON object; raises ValueError or LookupError when there is none."""
+def _judgement(values: Mapping[str, Any]) -> Judgement:
+    """Returns the judgement in the fields of a JSON object; raises ValueError or LookupError when there is none."""
     marks = {mark: values[mark] for mark in MARKS}
     group = values["age_group"]
     for mark in marks.values():
@@ -308,15 +308,15 @@ def _verdict(values: Mapping[str, Any]) -> Verdict:
             raise ValueError(f"{mark!r} is no mark from 1 to 10")
     if group not in AGE_GROUPS:
         raise ValueError(f"{group!r} is no age group")
-    return Verdict(**marks, age_group=group)
+    return Judgement(**marks, age_group=group)
 
 
 def _key(model: str, prompt: str, text: str) -> str:
     return hashlib.sha256(json.dumps([model, RUBRIC, prompt, text]).encode()).hexdigest()
 
 
-def _read_cache(cache: Path | None) -> dict[str, Verdict]:
-    """Returns the verdicts by key; a damaged line, as a process leaves that is killed, is asked again.
+def _read_cache(cache: Path | None) -> dict[str, Judgement]:
+    """Returns the judgements by key; a damaged line, as a process leaves that is killed, is asked again.
 
     Raises `UserError` for what is no file of a run's own: to read it or to write it could take for ever, or land
     elsewhere.
@@ -330,12 +330,12 @@ def _read_cache(cache: Path | None) -> dict[str, Verdict]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{cache}: cannot be read as the judge's answers ({reason}); move it away") from error
-    verdicts = {}
+    judgements = {}
     for line in content.decode("utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             values = json.loads(line)
-            verdicts[str(values["key"])] = _verdict(values)
-    return verdicts
+            judgements[str(values["key"])] = _judgement(values)
+    return judgements
 
 
 def _append(cache: Path | None, values: Mapping[str, Any]) -> None:

@@ -2,16 +2,19 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tinystories_jax.data.folders import replace_file
 from tinystories_jax.evaluation.bootstrap import Interval
+from tinystories_jax.tables import columns, markdown_table, markdown_text
 
 _NONE = "–"
 _NUM_EXAMPLES = 3
+_LINE_WIDTH = 100
 _COLUMNS = ("score", "unit", "value", "95 % interval", "real stories", "95 % interval")
 
 
@@ -64,10 +67,8 @@ class Evaluation:
 
 def format_text(evaluation: Evaluation) -> str:
     """Returns the evaluation for a terminal; the criteria come last."""
-    rows = [_COLUMNS, *map(_cells, evaluation.scores)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    criteria = [f"{item.verdict:<7}  {item.name}: {item.figure}" for item in evaluation.criteria]
+    table = columns([_COLUMNS, *map(_cells, evaluation.scores)])
+    criteria = [_format_criterion(criterion) for criterion in evaluation.criteria]
     return "\n".join([evaluation.title, "", *table, "", *evaluation.notes, "", *criteria])
 
 
@@ -75,10 +76,10 @@ def format_markdown(evaluation: Evaluation) -> str:
     """Returns the evaluation as a Markdown page."""
     criteria = [(item.name, item.figure, item.verdict) for item in evaluation.criteria]
     parts = [
-        f"# {evaluation.title}",
-        _markdown_table(("criterion", "figure", "verdict"), criteria),
-        _markdown_table(_COLUMNS, [_cells(score) for score in evaluation.scores]),
-        "\n".join(f"- {note}" for note in evaluation.notes),
+        f"# {markdown_text(evaluation.title)}",
+        markdown_table(("criterion", "figure", "verdict"), criteria),
+        markdown_table(_COLUMNS, [_cells(score) for score in evaluation.scores]),
+        "\n".join(f"- {markdown_text(note)}" for note in evaluation.notes),
     ]
     if evaluation.stories:
         parts += ["## Stories", "The first ones, unedited."]
@@ -124,9 +125,10 @@ def _cells(score: Score) -> tuple[str, ...]:
     return score.name, score.unit, format_figure(score.value), format_interval(score.interval), *of_real
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _format_criterion(criterion: Criterion) -> str:
+    text, indent = f"{criterion.verdict:<9}{criterion.name}: {criterion.figure}", " " * 9
+    # The name of a file is not cut.
+    return textwrap.fill(text, _LINE_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _without_nan(value: Any) -> Any:
