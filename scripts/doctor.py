@@ -26,8 +26,9 @@ def main() -> int:
     config = resolve(_CONFIG.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     # Imported once the config is known to be sound: JAX takes seconds to start.
-    from tinystories_jax.analysis.check import Outcome, to_json
-    from tinystories_jax.analysis.doctor import examine
+    with cli.importing():
+        from tinystories_jax.analysis.check import Outcome, to_json
+        from tinystories_jax.analysis.doctor import examine
 
     out = sys.stderr if _JSON.value else sys.stdout
     checks = examine(

@@ -48,10 +48,11 @@ def main() -> None:
         )
     run = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
     _check_output(_JSON.value, _STORIES.value or _DATA.value, run)
-    from tinystories_jax.evaluation.evaluate import Writing, evaluate_file, evaluate_run
-    from tinystories_jax.evaluation.judge import read_judge
-    from tinystories_jax.evaluation.results import format_text, write_evaluation, write_json
-    from tinystories_jax.training.restore import restore_params
+    with cli.importing():
+        from tinystories_jax.evaluation.evaluate import Writing, evaluate_file, evaluate_run
+        from tinystories_jax.evaluation.judge import read_judge
+        from tinystories_jax.evaluation.results import format_text, write_evaluation, write_json
+        from tinystories_jax.training.restore import restore_params
 
     judge = read_judge(_JUDGE.value, os.environ, run and run / "judge.jsonl")
     if run is None:

@@ -35,10 +35,11 @@ _STREAM = flags.DEFINE_bool("stream", False, "Show each story while it is genera
 
 
 def main() -> None:
-    from tinystories_jax.data.stories import END_OF_STORY
-    from tinystories_jax.evaluation.samples import check_prompts, stream_story, write_stories
-    from tinystories_jax.model.generate import Sampling
-    from tinystories_jax.training.restore import restore_params
+    with cli.importing():
+        from tinystories_jax.data.stories import END_OF_STORY
+        from tinystories_jax.evaluation.samples import check_prompts, stream_story, write_stories
+        from tinystories_jax.model.generate import Sampling
+        from tinystories_jax.training.restore import restore_params
 
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     params, meta = restore_params(Path(_CHECKPOINT.value), _STEP.value)

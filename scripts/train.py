@@ -34,7 +34,8 @@ def main() -> int:
     with sole_trainer(workdir):
         if (workdir / "checkpoints").exists():
             # Before hours of preparing data. JAX is imported, which a new run need not wait for.
-            from tinystories_jax.training.restore import require_same_config
+            with cli.importing():
+                from tinystories_jax.training.restore import require_same_config
 
             require_same_config(workdir, config)
         return _train(config, workdir)
@@ -45,11 +46,13 @@ def _train(config: Config, workdir: Path) -> int:
     if not (workdir / "checkpoints").exists():
         log_to_stderr(data.report)
     # Imported once config and data are known to be sound: JAX takes seconds to start.
-    from tinystories_jax.training.loop import train
-    from tinystories_jax.training.restore import has_checkpoint
+    with cli.importing():
+        from tinystories_jax.training.loop import train
+        from tinystories_jax.training.restore import has_checkpoint
 
     if _DOCTOR.value and not has_checkpoint(workdir):
-        from tinystories_jax.analysis.doctor import require_health
+        with cli.importing():
+            from tinystories_jax.analysis.doctor import require_health
 
         require_health(config, data, workdir)
     result = train(config, data, workdir)

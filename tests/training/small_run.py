@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from tests.tiny import read_tiny_values
@@ -20,9 +19,9 @@ from tinystories_jax.training import loop
 from tinystories_jax.training.checkpoint import Checkpoints
 from tinystories_jax.training.environment import recorded_start
 from tinystories_jax.training.loop import TrainResult, _Logs, _meta, _start_or_resume, train
-from tinystories_jax.training.optim import make_optimizer
+from tinystories_jax.training.memory import compile_step
 from tinystories_jax.training.restore import require_checkpoints, restore_state
-from tinystories_jax.training.steps import TrainState, TrainStep, make_train_step, step_compiler_options
+from tinystories_jax.training.steps import TrainState, TrainStep
 
 LATEST, BEFORE = 6, 4  # the updates of the two checkpoints of `finished_run`
 TIMES = ("seconds", "train/tokens_per_second", "train/mfu", "train/data_wait_fraction")
@@ -34,19 +33,17 @@ def shared_programs(folder: Path) -> Iterator[None]:
     float32 as well, which they compile anew on an x86 processor (tests/faults/test_kill.py)."""
     steps = {}
 
-    def make_once(config: Config, optimizer: optax.MultiSteps, **flags: bool) -> TrainStep:
-        step_compiler_options(config.model.dtype)  # pytest forgets which warnings are not to be seen
-        key = config, tuple(flags.items())
-        if key not in steps:
-            steps[key] = make_train_step(config, optimizer, **flags)
-        return steps[key]
+    def compile_once(config: Config, rows: int) -> TrainStep:
+        if (config, rows) not in steps:
+            steps[config, rows] = compile_step(config, rows)
+        return steps[config, rows]
 
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
     for name, value in zip(names, (str(folder), 0.0), strict=True):
         jax.config.update(name, value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_once)
+        patch.setattr(loop, "compile_step", compile_once)
         yield
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
@@ -123,7 +120,7 @@ class Run:
         """Goes on with the copy in `workdir` as training does, up to its next update, which it does not make."""
         with Checkpoints(workdir, self.config) as checkpoints:
             now = _meta(self.config, self.data)
-            state, meta = _start_or_resume(checkpoints, make_optimizer(self.config), now, workdir)
+            state, meta = _start_or_resume(checkpoints, now, workdir)
             with _Logs(workdir, meta, tensorboard=False), recorded_start(workdir, resumed=True):
                 return meta.update, state
 

@@ -39,10 +39,10 @@ def rows_of(workdir: Path) -> list[dict]:
 
 def change_step(monkeypatch, change: Callable[[int, TrainState, StepMetrics], tuple[TrainState, StepMetrics]]) -> None:
     """Passes what each micro-step returns through `change`, with the number of the update that it is part of."""
-    make_train_step = loop.make_train_step
+    compile_step = loop.compile_step
 
-    def make_changed_step(config, optimizer, **options):
-        step = make_train_step(config, optimizer, **options)
+    def compile_changed_step(config, rows):
+        step = compile_step(config, rows)
 
         def changed_step(state, block, article_mask_V):
             update = int(state.opt_state.gradient_step) + 1
@@ -50,7 +50,7 @@ def change_step(monkeypatch, change: Callable[[int, TrainState, StepMetrics], tu
 
         return changed_step
 
-    monkeypatch.setattr(loop, "make_train_step", make_changed_step)
+    monkeypatch.setattr(loop, "compile_step", compile_changed_step)
 
 
 class Device:

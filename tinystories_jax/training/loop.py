@@ -5,21 +5,23 @@ Everything that it leaves behind stands in the workdir, so that rerunning the sa
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shlex
 import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
+from tinystories_jax.background import in_background
 from tinystories_jax.config import Config, with_data
 from tinystories_jax.data.cache import micro_batch_at, num_blocks
 from tinystories_jax.data.prepare import PreparedData
@@ -36,14 +38,14 @@ from tinystories_jax.signals import StopSignals
 from tinystories_jax.training.checkpoint import Checkpoints
 from tinystories_jax.training.environment import describe_environment, recorded_start
 from tinystories_jax.training.jsonl import JsonLines
-from tinystories_jax.training.memory import advise_what_fits
+from tinystories_jax.training.memory import advise_what_fits, compile_step
 from tinystories_jax.training.meta import History, Meta, NotFiniteError
 from tinystories_jax.training.meter import Meter
 from tinystories_jax.training.metrics import MetricsLog, ProgressLine
 from tinystories_jax.training.optim import make_optimizer
 from tinystories_jax.training.retention import checkpoint_bytes, is_due, max_checkpoints
 from tinystories_jax.training.run_folder import warn_of_damage, write_run
-from tinystories_jax.training.steps import StepMetrics, TrainState, init_state, make_train_step
+from tinystories_jax.training.steps import StepMetrics, TrainState, TrainStep, init_state
 
 _STORIES_PER_PROMPT = 4  # at each evaluation: enough to see articles appear, little enough to hold nothing up
 _FEW_WORDS = 500  # some three real stories
@@ -104,12 +106,12 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
     check_prompts(data.tokenizer, config.sample.prompts, config.data.sequence_length)
     _announce(config, workdir)
     article_mask_V = article_mask(data.tokenizer.article_ids, data.tokenizer.vocab_size)
-    optimizer = make_optimizer(config)
-    train_step = make_train_step(config, optimizer, for_many_updates=True)
     micro_steps = config.train.grad_accum_steps
 
     with StopSignals() as stop, _explain_out_of_memory(config), Checkpoints(workdir, config) as checkpoints:
-        state, meta = _start_or_resume(checkpoints, optimizer, _meta(config, data), workdir)
+        with _compiling(config, checkpoints) as compiled_step:
+            state, meta = _start_or_resume(checkpoints, _meta(config, data), workdir)
+        train_step: TrainStep | None = None
         update = resumed_at = meta.update
         with (
             _Logs(workdir, meta, tensorboard=update < schedule.total_updates) as logs,
@@ -117,8 +119,9 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
         ):
             if update < schedule.total_updates and not _out_of_patience(config, logs.metrics):
                 record.enter_context(recorded_start(workdir, resumed=update > 0))
-            meter = Meter(config, update, meta.history)
+            meter = Meter(config, update, meta.history, began=started)
             while update < schedule.total_updates and not stop.signal and not _out_of_patience(config, logs.metrics):
+                train_step = train_step or compiled_step()
                 for micro_step in range(update * micro_steps, (update + 1) * micro_steps):
                     block = meter.wait_for(_load_block, data, config, micro_step)
                     state, metrics = train_step(state, block, article_mask_V)
@@ -128,7 +131,8 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
                 update += 1
                 evaluates = update == schedule.total_updates or update % config.eval.every == 0
                 saves = is_due(update, config)
-                if not (evaluates or saves):
+                # Of the first update the user hears at once, and not after a micro-step more.
+                if not (evaluates or saves or update == resumed_at + 1):
                     continue
                 rows = _look(meter, logs, checkpoints)
                 if evaluates:
@@ -158,6 +162,22 @@ def train(config: Config, data: PreparedData, workdir: Path) -> TrainResult:
                 stopped_early=update < schedule.total_updates and not stop.signal,
                 signal=stop.signal if update < schedule.total_updates else None,
             )
+
+
+@contextlib.contextmanager
+def _compiling(config: Config, checkpoints: Checkpoints) -> Iterator[Callable[[], TrainStep]]:
+    """Compiles the step while the block makes or restores the state; what it yields returns the step, or raises what
+    went wrong. Of a finished run nothing is compiled before the step is asked for."""
+    compile_whole = functools.partial(compile_step, config, config.train.batch_size)
+    assert config.schedule is not None
+    if checkpoints.latest() == config.schedule.total_updates:
+        yield compile_whole
+        return
+    compiled = in_background("compile", compile_whole)
+    try:
+        yield compiled.result
+    finally:
+        futures.wait([compiled])  # a process must not end while XLA compiles in it
 
 
 class _Logs:
@@ -234,9 +254,7 @@ def _one_of(num_devices: int) -> str:
     return f" (one of {num_devices}; the others stay idle, and CUDA_VISIBLE_DEVICES leaves their memory to others)"
 
 
-def _start_or_resume(
-    checkpoints: Checkpoints, optimizer: optax.MultiSteps, now: Meta, workdir: Path
-) -> tuple[TrainState, Meta]:
+def _start_or_resume(checkpoints: Checkpoints, now: Meta, workdir: Path) -> tuple[TrainState, Meta]:
     """Returns the state to go on from, and `now` with what its checkpoint knows; writes what the run is made from."""
     restored = checkpoints.restore_latest(now)
     if restored is not None:
@@ -245,7 +263,7 @@ def _start_or_resume(
     write_run(workdir, now.config, now.tokenizer)
     if restored is None:
         # Placed as a restored one is, or else no program compiled for the one would serve the other.
-        return jax.device_put(init_state(now.config, optimizer), jax.local_devices()[0]), now
+        return jax.device_put(init_state(now.config, make_optimizer(now.config)), jax.local_devices()[0]), now
     assert now.config.schedule is not None
     finished = saved.update >= now.config.schedule.total_updates
     print(f"resumed   after update {saved.update:,}{', nothing left to do' * finished}", file=sys.stderr)

@@ -26,9 +26,10 @@ class Meter:
     work queued meanwhile, it is what the device can have waited at most.
     """
 
-    def __init__(self, config: Config, update: int, history: History):
+    def __init__(self, config: Config, update: int, history: History, *, began: float):
+        """Goes on after `update`; `began` is when the data was ready, by `time.perf_counter`."""
         assert config.schedule is not None
-        self._run_began = time.perf_counter() - history.seconds
+        self._run_began = began - history.seconds
         self.recent_losses = deque(history.recent_losses, maxlen=_SPIKE_WINDOW)
         self._config, self._schedule = config, config.schedule
         self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
@@ -58,8 +59,7 @@ class Meter:
     def is_due(self) -> bool:
         """Says whether the updates that are complete end with one that is looked at."""
         new, begun = divmod(len(self._pending), self._config.train.grad_accum_steps)
-        update = self._update + new
-        return new > 0 and not begun and (update == self._first_update or update % self._config.logging.every == 0)
+        return new > 0 and not begun and (self._update + new) % self._config.logging.every == 0
 
     def read(self, under_way: StepMetrics | None = None) -> tuple[list[dict[str, Any]], str | None]:
         """Waits for what was added; returns one row per update since the last call, times on the newest one.
