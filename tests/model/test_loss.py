@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 
 from tinystories_jax.model import loss as loss_module
-from tinystories_jax.model.loss import losses_and_hits, next_token_loss, token_losses
+from tinystories_jax.model.loss import losses_and_hits, next_token_loss, num_chunks, token_losses
 from tinystories_jax.model.transformer import logits
 
 LOGITS_BTV = jax.random.normal(jax.random.key(0), (2, 5, 11)) * 3
 TARGETS_BT = jax.random.randint(jax.random.key(1), (2, 5), 0, 11)
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts the few tokens of a test into as many chunks as training does the many of a micro-batch."""
+    monkeypatch.setattr(loss_module, "_FEWEST_TOKENS", 1)
 
 
 def test_token_losses_are_minus_log_of_the_softmax_at_the_target():
@@ -47,6 +53,15 @@ def plain_loss(hidden_BTD, output_DV, targets_BT, weights_BT):
     """The definition: all logits at once, differentiated by JAX."""
     losses_BT = token_losses(logits(hidden_BTD, output_DV), targets_BT)
     return (weights_BT * losses_BT).sum() / (weights_BT != 0).sum(), losses_BT
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "length", "chunks"),
+    [(64, 512, 8), (8, 512, 8), (2, 512, 2), (1, 512, 1), (1, 2048, 4), (1, 1, 1), (2048, 3, 3), (1000, 9, 5)],
+)
+def test_a_chunk_has_five_hundred_tokens_or_an_eighth_of_the_text(monkeypatch, batch_size, length, chunks):
+    monkeypatch.undo()  # chunks of the size that training has
+    assert num_chunks(batch_size, length) == chunks
 
 
 # Lengths that the chunks divide, that they do not, and that are shorter than their number.
@@ -118,9 +133,10 @@ def test_in_bfloat16_the_gradients_are_near_those_in_float32():
         assert error < 0.01
 
 
-def test_the_logits_of_a_whole_micro_batch_are_never_held():
+def test_the_logits_of_a_whole_micro_batch_are_never_held(monkeypatch):
+    monkeypatch.undo()  # chunks of the size that training has
     # Much more than the 34 MB of work space that a GPU's products ask for; nothing is run.
-    hidden_BTD, output_DV, targets_BT = make_inputs(4, 512, 16, 20_000)
+    hidden_BTD, output_DV, targets_BT = make_inputs(16, 512, 16, 20_000)
     ones_BT = jnp.ones(targets_BT.shape)
     whole_bytes = 4 * targets_BT.size * output_DV.shape[1]
 
@@ -136,7 +152,7 @@ def test_the_logits_of_a_whole_micro_batch_are_never_held():
     largest = max(
         math.prod(int(size) for size in sizes.split(",")) for sizes in re.findall(r"f32\[(\d+(?:,\d+)+)\]", our_text)
     )
-    assert largest <= max(whole_bytes // 4 // loss_module._NUM_CHUNKS, output_DV.size)
+    assert largest <= max(whole_bytes // 4 // loss_module._MOST_CHUNKS, output_DV.size)
 
 
 def test_padding_has_no_say():

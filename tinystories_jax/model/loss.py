@@ -1,8 +1,8 @@
 """The loss: what turns hidden states, the output matrix and the next tokens into nats.
 
-Training never holds the logits of a whole micro-batch, which at the main recipe would be 1.3 GB of float32, written
-and read several times: `next_token_loss` makes them a chunk of the text at a time, and takes from each chunk its part
-of the gradient before the next. Nor does evaluation, which would else need more memory than training.
+Training never holds the logits of a whole micro-batch, unless that is small: at the main recipe they would be 1.3 GB of
+float32, written and read several times. `next_token_loss` makes them a chunk of the text at a time, and takes from each
+chunk its part of the gradient before the next. So does evaluation, which would else need more memory than training.
 
 Shape suffixes beside those of transformer.py: N chunks of a text, C tokens of a chunk.
 """
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from tinystories_jax.model.matmul import rounded_einsum
 from tinystories_jax.model.transformer import logits
 
-_NUM_CHUNKS = 8
+_MOST_CHUNKS = 8
+_FEWEST_TOKENS = 512  # of a chunk: each adds to the gradient of the whole output matrix
 
 
 def split_block(block: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -113,19 +114,20 @@ def _scale_gradients(
 _chunked_loss.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def num_chunks(length: int) -> int:
-    """Returns into how many chunks a text of `length` tokens is cut."""
-    return -(-length // _chunk_size(length))
+def num_chunks(batch_size: int, length: int) -> int:
+    """Returns into how many chunks texts of `length` tokens are cut."""
+    return -(-length // _chunk_size(batch_size, length))
 
 
-def _chunk_size(length: int) -> int:
-    return -(-length // min(_NUM_CHUNKS, length))
+def _chunk_size(batch_size: int, length: int) -> int:
+    wanted = min(batch_size * length // _FEWEST_TOKENS, _MOST_CHUNKS, length)
+    return -(-length // max(wanted, 1))
 
 
 def _split(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Returns arrays (B, T, ...) as equal chunks of the text (N, B, C, ...), zeros behind its end."""
-    length = arrays[0].shape[1]
-    count, size = num_chunks(length), _chunk_size(length)
+    batch_size, length = arrays[0].shape[:2]
+    count, size = num_chunks(batch_size, length), _chunk_size(batch_size, length)
 
     def split(array: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, count * size - length), *[(0, 0)] * (array.ndim - 2)]

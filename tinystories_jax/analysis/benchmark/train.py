@@ -116,7 +116,7 @@ def count_cost(compiled: Any, config: Config) -> dict[str, float]:
     weights_BT = jax.ShapeDtypeStruct((rows, length), jnp.float32)
     loss = jax.jit(jax.value_and_grad(next_token_loss, argnums=(0, 1), has_aux=True))
     one_chunk: Any = loss.lower(hidden_BTD, output_DV, targets_BT, weights_BT).compile().cost_analysis()
-    step, others = compiled.cost_analysis(), num_chunks(length) - 1
+    step, others = compiled.cost_analysis(), num_chunks(rows, length) - 1
     return {name: step[name] + others * one_chunk[name] for name in ("flops", "bytes accessed")}
 
 
