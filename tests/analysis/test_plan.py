@@ -403,7 +403,15 @@ def test_text_fits_on_a_screen(top10k, measured):
         parameters=dataclasses.replace(measured.parameters, output_matrix=1),
         work=dataclasses.replace(measured.work, rows_per_micro_batch=64),
     )
-    for plan in (top10k, measured, larger):
+    quick, slow = (
+        dataclasses.replace(
+            measured,
+            work=dataclasses.replace(measured.work, epochs=0.4321),
+            here=dataclasses.replace(measured.here, five_epochs_seconds=seconds),
+        )
+        for seconds in (0.854, 59e6)
+    )
+    for plan in (top10k, measured, larger, quick, slow):
         lines = format_plan(plan).splitlines()
         assert len(lines) <= 40
         # The first two hold names as long as the user has made them.

@@ -1,10 +1,12 @@
 """A plan as one screen of text; every figure is one of `plan.py`."""
 
 import math
+import textwrap
 
 from tinystories_jax.analysis.plan import Corpus, Plan
 
 _Row = tuple[str, str, str, str]  # title, figure, unit, note
+_LINE_WIDTH = 120
 
 
 def format_plan(plan: Plan) -> str:
@@ -119,9 +121,8 @@ def _gpu_lines(plan: Plan) -> list[str]:
         *lines,
         f"MFU {plan.mfu:.1%}: {plan.mfu_origin}.",
         f"Peaks: {plan.peak_source} (SXM).",
-        "Peaks are of bf16, of which a config with model.dtype=float32 reaches a small part.",
-        "Times are those of training steps alone: no evaluation, samples, checkpoints or data preparation.",
-        f"Cost at 5 epochs{instead}, {unit}: {listed}",
+        "Times: training steps alone, no evaluation, samples, checkpoints or data; float32 reaches little of the peaks.",
+        textwrap.fill(f"Cost at 5 epochs{instead}, {unit}: {listed}", _LINE_WIDTH, subsequent_indent="  "),
     ]
 
 
