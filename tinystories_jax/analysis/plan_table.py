@@ -121,7 +121,7 @@ def _gpu_lines(plan: Plan) -> list[str]:
         *lines,
         f"MFU {plan.mfu:.1%}: {plan.mfu_origin}.",
         f"Peaks: {plan.peak_source} (SXM).",
-        "Times: training steps alone, no evaluation, samples, checkpoints or data; float32 reaches little of the peaks.",
+        "Times: training steps alone, no evaluation, samples, checkpoints, data; float32 reaches little of the peaks.",
         textwrap.fill(f"Cost at 5 epochs{instead}, {unit}: {listed}", _LINE_WIDTH, subsequent_indent="  "),
     ]
 
