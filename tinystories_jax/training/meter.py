@@ -19,7 +19,7 @@ _SPIKE_WINDOW = 100  # updates whose median a loss spike stands out from
 class Meter:
     """Collects the metrics of micro-steps on the device, and reads them with the clock when they are due.
 
-    Evaluations, checkpoints and the first update of a process, which compiles, are not part of tokens per second: those
+    Evaluations, checkpoints and a process's first update, which takes longer, are no part of tokens per second: those
     of the micro-steps that the device has finished between two looks at the clock. While updates follow each other, one
     more than those looked at has begun; a CPU has finished it by then, since JAX runs it while it is asked for. The
     share of time waiting for data is the host's time in `batch_at` and in starting the transfer: since the device has
