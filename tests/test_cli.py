@@ -1,6 +1,8 @@
 """The scripts as a user starts them: whatever they can mend is an `error:` line and exit code 2, never a traceback."""
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.hub_stand_in import HubDataset, hub_environment, hub_stand_in
+from tinystories_jax import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = "\n<|endoftext|>\n".join(f"Once upon a time there was a cat who had {n} mice." for n in range(50))
@@ -116,6 +119,22 @@ def test_what_the_machine_cannot_do_is_one_line(error, said):
         [sys.executable, "-c", program], cwd=ROOT, env=script_environment(), capture_output=True, text=True, timeout=60
     )
     assert said in error_line(result)
+
+
+def test_garbage_is_looked_for_again_once_all_is_imported():
+    def import_in_vain() -> None:
+        with cli.importing():
+            assert not gc.isenabled()
+            importlib.import_module("tinystories_jax.no_such_module")
+
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(ModuleNotFoundError):
+            import_in_vain()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def _explain(error: Exception) -> str:
             "takes"
         )
     if is_refusal(error):
-        place = getattr(error, "filename", None) or "a file of this run or standard output"
+        place = error.filename or "a file of this run or standard output"
         reason, way_out = explain_refusal(error)
         return f"{place}: {reason}; {way_out}, or give another place"
     return ""

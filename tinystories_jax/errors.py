@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Sequence
+from typing import TypeGuard
 
 _WAYS_OUT = (
     ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
@@ -26,7 +27,7 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> TypeGuard[OSError]:
     """Returns whether a place on a disk is full, closed, missing, occupied or broken."""
     return isinstance(error, OSError) and any(error.errno in numbers for numbers, _ in _WAYS_OUT)
 

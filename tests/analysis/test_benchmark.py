@@ -28,6 +28,7 @@ from tinystories_jax.analysis.timing import Spread, spread_of, take_samples, tim
 from tinystories_jax.config import Config, resolve, with_data
 from tinystories_jax.data.cache import num_blocks
 from tinystories_jax.errors import UserError
+from tinystories_jax.model import loss
 from tinystories_jax.model.transformer import num_params
 from tinystories_jax.training.flops import PEAK_BF16_FLOPS, flops_per_token
 from tinystories_jax.training.memory import compile_step
@@ -137,12 +138,14 @@ def test_memory_is_that_of_the_state_and_more(trained):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA sees none in a GPU's libraries")
-def test_xla_counts_the_flops_of_the_formula():
+def test_xla_counts_the_flops_of_the_formula(monkeypatch):
+    monkeypatch.setattr(loss, "_FEWEST_TOKENS", 16)
     values = read_tiny_values()
     values.tokenizer.vocab_size = 512
     values.data.sequence_length = 64
     values.model.update(d_model=128, num_layers=1, num_heads=4, num_kv_heads=4, d_ff=384)
     config = with_synthetic_data(resolve(values))
+    assert loss.num_chunks(config.train.batch_size, 64) == 8  # of which XLA counts one
     compiled = compile_step(config, config.train.batch_size)
     counted = train.count_cost(compiled, config)["flops"]
     by_formula = flops_per_token(config.model, 64) * 64 * config.train.batch_size

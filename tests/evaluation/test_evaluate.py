@@ -406,9 +406,10 @@ def test_the_loss_is_measured_on_any_file_and_again_the_same(run, place, tmp_pat
     flags = [f"--checkpoint={run}", "--num_stories=46", f"--data={other}"]
     before = {path for path in place.folder.rglob("*") if "compiled" not in path.parts}
     found = []
-    for _ in range(2):
+    for is_second in (False, True):
         result = run_script("evaluate", *flags, environment=place.environment)
         assert result.returncode == 0, result.stderr
+        assert ("in place of an earlier score" in result.stderr) == is_second
         found.append((run / "evaluation.json").read_bytes())
         assert f"nats per token, on {other}" in " ".join(result.stdout.split())
     assert found[0] == found[1]

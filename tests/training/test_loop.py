@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,72 @@ def test_the_speed_is_that_of_the_device(config, tmp_path, monkeypatch, runs_at_
     train_on(change_section(config, "checkpoint", every=8), tmp_path / "run")
     speed = config.train.batch_size * config.data.sequence_length
     expected: dict[int, int | None] = dict.fromkeys([1, 3, 6, 7, 8, 9, 12], speed)
-    expected[1] = None  # it compiles
+    expected[1] = None  # it takes longer
     if runs_at_once and accum_steps == 1:
         expected[7] = None  # it was over when update 6 was looked at
     rows = [row for row in rows_of(tmp_path / "run") if "seconds" in row]
     assert {row["update"]: row.get("train/tokens_per_second") for row in rows} == expected
+
+
+@pytest.mark.parametrize("runs_at_once", [True, False])
+def test_the_first_update_is_told_when_it_is_done_and_its_seconds_count_compiling(
+    config, tmp_path, monkeypatch, runs_at_once
+):
+    device = Device(monkeypatch, runs_at_once=runs_at_once)
+    compile_step = loop.compile_step
+
+    def compile_slowly(*arguments):
+        device.now += 5
+        return compile_step(*arguments)
+
+    monkeypatch.setattr(loop, "compile_step", compile_slowly)
+    config = change_section(change_section(config, "train", grad_accum_steps=3), "logging", every=100)
+    train_on(config, tmp_path)
+    assert rows_of(tmp_path)[0]["seconds"] == 5 + 3
+
+
+def test_of_a_finished_run_nothing_is_compiled(config, tmp_path, monkeypatch):
+    train_on(config, tmp_path)
+    compiled = []
+    monkeypatch.setattr(loop, "compile_step", lambda *arguments: compiled.append(arguments))
+    assert train_on(config, tmp_path).updates_done == 0
+    assert compiled == []
+
+
+def test_where_the_latest_checkpoint_of_a_finished_run_is_damaged_the_step_is_compiled_after_all(config, tmp_path):
+    train_on(config, tmp_path)
+    latest = tmp_path / "checkpoints" / str(checkpoints_of(tmp_path)[-1])
+    for path in (latest / "training").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"damaged")
+    assert train_on(config, tmp_path).updates_done > 0
+
+
+def test_a_start_that_is_refused_ends_when_the_compiler_is_done(config, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_slowly(*arguments):
+        time.sleep(0.3)
+        compiled.append(arguments)
+
+    def refuse(*arguments):
+        raise UserError("refused")
+
+    monkeypatch.setattr(loop, "compile_step", compile_slowly)
+    monkeypatch.setattr(loop, "_start_or_resume", refuse)
+    with pytest.raises(UserError, match="refused"):
+        train_on(config, tmp_path)
+    # A process that ends while XLA compiles in a thread of it crashes.
+    assert len(compiled) == 1
+
+
+def test_too_little_memory_to_compile_is_told(config, tmp_path, monkeypatch):
+    def compile_without_memory(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(loop, "compile_step", compile_without_memory)
+    with pytest.raises(UserError, match=r"out of memory on .*=4; this fits: --config.train.batch_size=2"):
+        train_on(config, tmp_path)
 
 
 def poison(monkeypatch, *, update: int, metric: str = "loss") -> None:

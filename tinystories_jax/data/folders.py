@@ -20,9 +20,19 @@ from tinystories_jax.lock import locked
 _IS_CONFIG_FLAG = re.compile(r"--?(?:no)?config\b")
 
 
-def is_built(folder: Path) -> bool:
-    """Says whether `folder` is there and nobody builds it, or was killed while doing so."""
-    return folder.exists() and not _lock_of(folder).exists()
+def build_once(folder: Path, build: Callable[[], object], *, rebuild: bool = False, log: Callable[[str], None]) -> bool:
+    """Calls `build`, which makes `folder`, where that is not there or has to be made again; returns whether it did.
+
+    Raises `UserError` when the disk refuses.
+    """
+    if not rebuild and folder.exists() and not _lock_of(folder).exists():  # else somebody builds it, or was killed
+        return False
+    with sole_builder(folder, log=log):
+        # Another process may have built it while this one waited.
+        if not rebuild and folder.exists():
+            return False
+        build()
+    return True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinystories_jax.config import Config, DataConfig
 from tinystories_jax.data.cache import TokenCache, cache_fingerprint, load_hashes, open_cache, write_cache
-from tinystories_jax.data.folders import is_built, rebuild_command, sole_builder
+from tinystories_jax.data.folders import build_once, rebuild_command
 from tinystories_jax.data.sources import identify_splits, name_of, train_source, valid_source
 from tinystories_jax.data.stories import StoryReport, StorySource, format_report
 from tinystories_jax.data.tokenizer import StoryTokenizer
@@ -137,13 +137,12 @@ def _prepare_cache(
     log: Callable[[str], None],
 ) -> TokenCache:
     folder, fingerprint = _cache_place(source, identity, tokenizer, cache_dir)
-    built = False
-    if rebuild or not is_built(folder):
-        with sole_builder(folder, log=log):
-            if rebuild or not folder.exists():
-                log(f"{source.split}: encoding the stories of {name_of(source)}")
-                write_cache(source, tokenizer, folder, identity=identity, show_progress=show_progress, replace=rebuild)
-                built = True
+
+    def build() -> None:
+        log(f"{source.split}: encoding the stories of {name_of(source)}")
+        write_cache(source, tokenizer, folder, identity=identity, show_progress=show_progress, replace=rebuild)
+
+    built = build_once(folder, build, rebuild=rebuild, log=log)
     cache = _open_cache(folder, fingerprint, tokenizer)
     counts = f"{cache.manifest.num_stories:,} stories, {cache.manifest.num_tokens:,} tokens"
     log(f"{source.split}: {'wrote' if built else 'reusing'} {folder} ({counts})")

@@ -1,5 +1,6 @@
 """Which stories a config names, split by split, and what ties a cache or a tokenizer to them."""
 
+import dataclasses
 from pathlib import Path
 
 from tinystories_jax.config import DataConfig, TokenizerConfig
@@ -21,13 +22,7 @@ def train_source(data: DataConfig) -> StorySource:
 
 def valid_source(data: DataConfig) -> StorySource:
     """Returns the validation split that `data` names, whole."""
-    return StorySource(
-        kind=data.source,
-        split="validation",
-        files=data.valid_files,
-        hub_name=data.hub_name,
-        hub_revision=data.hub_revision,
-    )
+    return dataclasses.replace(train_source(data), split="validation", files=data.valid_files, max_stories=0)
 
 
 def tokenizer_source(data: DataConfig, tokenizer: TokenizerConfig) -> StorySource:

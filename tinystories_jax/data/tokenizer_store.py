@@ -8,12 +8,11 @@ from pathlib import Path
 from tinystories_jax.config import DataConfig, TokenizerConfig
 from tinystories_jax.data.cache import fingerprint_of
 from tinystories_jax.data.folders import (
-    is_built,
+    build_once,
     new_folder,
     parse_json,
     read_small_file,
     rebuild_command,
-    sole_builder,
     write_file,
 )
 from tinystories_jax.data.sources import memo_path, name_of, tokenizer_source
@@ -91,16 +90,15 @@ def _trained_tokenizer(
     trained_on = _trained_on(data, config)
     fingerprint = fingerprint_of(trained_on)
     folder = _tokenizer_folder(data, fingerprint)
-    if rebuild or not is_built(folder):
-        with sole_builder(folder, log=log):
-            # Another process may have trained it while this one waited.
-            if rebuild or not folder.exists():
-                tokenizer = _train_tokenizer(data, config, show_progress=show_progress, log=log)
-                _store_tokenizer(tokenizer, trained_on, folder, replace=rebuild)
-                log(f"tokenizer: trained {folder} ({tokenizer.vocab_size:,} tokens)")
-                # Read back: the one on the disk is the one that every later run gets.
-                return _open_tokenizer(folder, fingerprint)
-    log(f"tokenizer: reusing {folder}")
+
+    def build() -> None:
+        tokenizer = _train_tokenizer(data, config, show_progress=show_progress, log=log)
+        _store_tokenizer(tokenizer, trained_on, folder, replace=rebuild)
+        log(f"tokenizer: trained {folder} ({tokenizer.vocab_size:,} tokens)")
+
+    if not build_once(folder, build, rebuild=rebuild, log=log):
+        log(f"tokenizer: reusing {folder}")
+    # A new one too: the one on the disk is the one that every later run gets.
     return _open_tokenizer(folder, fingerprint)
 
 
